@@ -1,0 +1,102 @@
+"""The one call a worker loop makes: `Executor.step(batch) -> StepResult`.
+
+A batch is plain data: a leader can broadcast it to the ranks of its group. The executor keeps nothing
+about requests between steps; the KV blocks are its only memory, and the scheduler says which to use.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.kv.layout import KvLayout
+from engine.kv.memory import HostMemory
+from engine.request import RequestId, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """What sampling one token depends on, besides the logits. Nothing about batch mates or time.
+
+    `token_ids` is everything before the token to sample (prompt, then output), for penalties;
+    `len(token_ids)` is the position sampled, which with `seed` fixes the random draw.
+    """
+
+    params: SamplingParams
+    seed: int
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    banned_token_ids: tuple[int, ...] = ()  # end tokens while min_tokens is not reached
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence that one step computes.
+
+    The step writes the KV of positions `start .. start + len(token_ids) - 1` into `block_ids`, whose
+    i-th entry holds positions `i * block_size ..`; positions before `start` are there already.
+    """
+
+    request_id: RequestId
+    token_ids: Sequence[int]
+    start: int
+    block_ids: Sequence[int]
+    sample: SampleSpec | None = None  # sample a token from the last position's logits
+    prompt_logprobs: int | None = None  # alternatives for each of next_token_ids
+    next_token_ids: Sequence[int] = ()  # with prompt_logprobs: what follows each of token_ids in the prompt;
+    # one shorter than token_ids where the prompt ends with this chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    chunks: Sequence[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token, its log probability, and the most likely alternatives, most likely first.
+
+    Log probabilities are of the model's own distribution, before temperature, penalties and filters.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_id: int
+    logprobs: TokenLogprobs | None = None  # when params.logprobs is not None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Aligned with `batch.chunks`."""
+
+    sampled: Sequence[Sampled | None]
+    prompt_logprobs: Sequence[Sequence[TokenLogprobs] | None]
+
+
+class Executor(Protocol):
+    """Owns the model's weights and the KV memory of one worker.
+
+    `layer_groups` are exclusive end layers, ascending; the last is `layout.num_layers`. When a step runs
+    with `on_group_done`, it is called with each group's index as soon as the KV of that group is in place
+    for every chunk of the batch, in order, from the thread that called `step`.
+    """
+
+    layout: KvLayout
+    memory: HostMemory
+    layer_groups: tuple[int, ...]
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    model_hash: str  # equal only for equal weights and configuration
+
+    def step(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> StepResult: ...
+
+    def close(self) -> None: ...

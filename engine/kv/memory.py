@@ -1,0 +1,47 @@
+"""The bytes of one rank's KV pool in host memory, shareable with other processes of the same user.
+
+The pool is an anonymous memory file (memfd): another process on the host can map it through
+`/proc/<pid>/fd/<fd>`, and it vanishes with its last user, however that one died.
+"""
+
+import contextlib
+import mmap
+import os
+
+from engine.kv.layout import KvLayout
+
+
+class HostMemory:
+    """`num_blocks * layout.block_bytes` zeroed bytes. Owns the file and the mapping until `close`.
+
+    `buffer` is writable and C-contiguous, block after block. The executor writes KV into it, transports
+    read and write it; who may touch which block when is the block pool's and the leases' business.
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.size = num_blocks * layout.block_bytes
+        self.fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC)
+        try:
+            os.truncate(self.fd, self.size)
+            self._mapping = mmap.mmap(self.fd, self.size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.buffer = memoryview(self._mapping)
+
+    def block(self, block_id: int) -> memoryview:
+        """Bytes of one block, all layers."""
+        assert 0 <= block_id < self.num_blocks, (block_id, self.num_blocks)
+        size = self.layout.block_bytes
+        return self.buffer[block_id * size : (block_id + 1) * size]
+
+    def close(self) -> None:
+        """Give the memory back. Tensors and views made from `buffer` must not be used afterwards."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self.buffer.release()
+            with contextlib.suppress(BufferError):  # a tensor still points into it: the mapping goes with that one
+                self._mapping.close()
