@@ -1,0 +1,98 @@
+"""The seam between the HTTP front and the dispatcher: one request in, a stream of deltas out.
+
+The front speaks HTTP and text; the dispatcher speaks workers, attempts and retries. Both know only this.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.executors.base import TokenLogprobs
+from engine.request import FinishReason, Request
+
+
+class Overloaded(Exception):
+    """The bounded queue is full, or no worker can take the request now. Becomes 429 (or 503 when `unavailable`)."""
+
+    def __init__(self, message: str, *, retry_after: float, unavailable: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.unavailable = unavailable
+
+
+class DeadlineExceeded(Exception):
+    """The request's deadline passed. Becomes 504, or an error event in mid-stream."""
+
+
+class GenerationFailed(Exception):
+    """Every attempt the deadline and the retry budget allowed has failed. Becomes 503, or an error event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of one request, in order, each exactly once whatever happened to its workers."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]  # aligned with token_ids when asked for, else empty
+    finish_reason: FinishReason | None = None  # on the last delta
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Where a request's time went. Points are the router's monotonic seconds; durations are the workers' own."""
+
+    received: float
+    dispatched: float | None = None  # left the router's queue
+    first_token: float | None = None
+    last_token: float | None = None
+    prefill_worker: str = ""  # of the last attempt; empty when the decode worker prefilled by itself
+    decode_worker: str = ""
+    attempts: int = 0
+    cached_tokens: int = 0  # prompt tokens that needed no prefill
+    queued_s: float = 0.0  # in the prefill worker's queue
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    transfer_blocks: int = 0
+    transfer_bytes: int = 0
+    transfer_s: float = 0.0
+    exposed_s: float = 0.0  # transfer time that prefill did not hide
+    transport: str = ""
+
+
+class GenerationStream(Protocol):
+    """Iterate to get deltas; raises InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded from the iteration.
+
+    `aclose` may be called at any time, also instead of iterating: it cancels the request on every worker.
+    `prompt_logprobs` (of prompt tokens 1..) is complete when the first delta arrives.
+    """
+
+    timeline: Timeline
+    prompt_logprobs: list[TokenLogprobs] | None
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Generator(Protocol):
+    """The dispatcher as the front sees it."""
+
+    def start(self, request: Request, deadline: float) -> GenerationStream:
+        """Admit `request`, to be finished by monotonic time `deadline`. Raises Overloaded at once when full."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request could be served now: at least one decode worker, and a prefill worker or local prefill."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the front must know of the model it serves."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    aliases: tuple[str, ...] = field(default=())
