@@ -60,7 +60,7 @@ class Timeline:
 
 
 class GenerationStream(Protocol):
-    """Iterate to get deltas; raises InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded from the iteration.
+    """Iterate to get deltas. Iterating raises InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded.
 
     `aclose` may be called at any time, also instead of iterating: it cancels the request on every worker.
     `prompt_logprobs` (of prompt tokens 1..) is complete when the first delta arrives.

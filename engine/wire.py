@@ -1,0 +1,117 @@
+"""Requests and tokens to and from the messages of protos/worker.proto. Used by router and workers; no torch.
+
+What arrives is checked where it is used: `Engine.submit` refuses a request that does not fit, so nothing here
+trusts a size or an id.
+"""
+
+from engine.executors.base import TokenLogprobs
+from engine.request import FinishReason, Request, RequestId, SamplingParams
+from protos import worker_pb2 as pb
+
+# A prompt of a million tokens is about 4 MB; a snapshot of a million cached blocks 8 MB.
+MAX_MESSAGE_BYTES = 64 << 20
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+_FINISH_TO_PB = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_PB: dict[int, FinishReason] = {number: reason for reason, number in _FINISH_TO_PB.items()}
+
+
+def finish_to_pb(reason: FinishReason | None) -> pb.FinishReason:
+    return pb.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_TO_PB[reason]
+
+
+def finish_from_pb(number: int) -> FinishReason | None:
+    return _FINISH_FROM_PB.get(number)
+
+
+def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+    )
+
+
+def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def submit_to_pb(request: Request, handle: int, timeout_ms: int, offer: bytes = b"") -> pb.Submit:
+    return pb.Submit(
+        handle=handle,
+        request_id=request.id,
+        token_ids=request.token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+        params=params_to_pb(request.params),
+        seed=request.seed,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        adapter=request.adapter,
+        timeout_ms=timeout_ms,
+        offer=offer,
+    )
+
+
+def request_from_pb(message: pb.Submit, request_id: RequestId) -> Request:
+    """`request_id`: unique in the worker, unlike the message's, which names the request in all its attempts."""
+    return Request(
+        id=request_id,
+        token_ids=tuple(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        params=params_from_pb(message.params),
+        seed=message.seed,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+        adapter=message.adapter,
+    )
+
+
+def logprobs_to_pb(logprobs: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=logprobs.token_id,
+        logprob=logprobs.logprob,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
+
+
+def logprobs_from_pb(message: pb.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=False))
+    return TokenLogprobs(message.token_id, message.logprob, top)
