@@ -1,0 +1,102 @@
+"""Offered KV on its way into a decode worker: matched, reserved, pulled, handed to the engine.
+
+Owned by the engine thread. An entry is waiting (no blocks yet), pulling (blocks reserved, a pull running on the
+asyncio loop writes into them) or gone. Blocks of a running pull are never released before the pull has reported
+its end, also when the request is cancelled meanwhile: until then the transport may still write into them.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from engine.engine import Engine
+from engine.errors import TransferError
+from engine.kv.layout import BlockId
+from engine.request import Request, RequestId
+from kv_transfer.sink import Pulled
+
+
+@dataclass(frozen=True, slots=True)
+class PullEnded:
+    """Posted to the engine thread exactly once for each pull started. `error` None and `pulled` None: cancelled."""
+
+    request_id: RequestId
+    pulled: Pulled | None
+    error: TransferError | None
+
+
+@dataclass(slots=True)
+class Entry:
+    request: Request
+    offer: bytes
+    deadline: float
+    num_held_tokens: int = 0
+    block_ids: list[BlockId] = field(default_factory=list)  # of the whole prompt, matched ones first
+    pull: "Future[None] | None" = None
+    cancelled: bool = False
+
+
+# Starts a pull and returns a future that can be cancelled; the end is reported as PullEnded either way.
+StartPull = Callable[[Entry], "Future[None]"]
+
+
+class Intake:
+    """`max_pulls` bounds how many pulls run at once; the rest wait in order of priority, then arrival."""
+
+    def __init__(self, engine: Engine, start_pull: StartPull, max_pulls: int) -> None:
+        self._engine = engine
+        self._start_pull = start_pull
+        self._max_pulls = max_pulls
+        self._waiting: list[Entry] = []
+        self._pulling: dict[RequestId, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._pulling)
+
+    @property
+    def num_pulling(self) -> int:
+        return len(self._pulling)
+
+    def add(self, request: Request, offer: bytes, deadline: float) -> None:
+        """Queue a request with the offer of its KV. Raises InvalidRequest when it can never run here."""
+        self._engine.check(request)
+        self._waiting.append(Entry(request, offer, deadline))
+        self._waiting.sort(key=lambda entry: entry.request.priority)  # stable: arrival within a priority
+
+    def start(self) -> None:
+        """Start pulls for as many waiting entries, in order, as there are blocks and places for."""
+        while self._waiting and len(self._pulling) < self._max_pulls:
+            entry = self._waiting[0]
+            if not self._reserve(entry):
+                return
+            self._waiting.pop(0)
+            self._pulling[entry.request.id] = entry
+            entry.pull = self._start_pull(entry)
+
+    def _reserve(self, entry: Entry) -> bool:
+        """All blocks of the prompt or none: the cached prefix is shared, the rest is fresh."""
+        kv = self._engine.kv
+        token_ids = entry.request.token_ids
+        held = kv.match(token_ids, self._engine.hashes(entry.request))
+        fresh = kv.allocate(self._engine.executor.layout.num_blocks_for(len(token_ids)) - len(held))
+        if fresh is None:
+            kv.release(held)
+            return False
+        entry.block_ids = held + fresh
+        entry.num_held_tokens = len(held) * kv.block_size
+        return True
+
+    def cancel(self, request_id: RequestId) -> bool:
+        """Drop a waiting entry, or stop its pull; its blocks return when the pull has ended."""
+        entry = self._pulling.get(request_id)
+        if entry is not None and entry.pull is not None:
+            entry.cancelled = True
+            entry.pull.cancel()
+            return True
+        before = len(self._waiting)
+        self._waiting = [entry for entry in self._waiting if entry.request.id != request_id]
+        return len(self._waiting) < before
+
+    def end(self, request_id: RequestId) -> Entry:
+        """The pull has reported: the entry leaves, and its blocks are the caller's to use or release."""
+        return self._pulling.pop(request_id)

@@ -1,0 +1,149 @@
+"""Which router asked for which request, and the frame being composed for each router.
+
+Owned by a worker's engine thread, one per worker, the same in both roles. A request is known from `admit` until
+`forget`; everything said about it between two `flush` calls travels in one frame of its session.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from engine.engine import TokenOutput
+from engine.errors import InvalidRequest
+from engine.kv.cache import KvCache
+from engine.request import Request, RequestId
+from engine.session import SessionId
+from engine.wire import finish_to_pb, logprobs_to_pb, request_from_pb
+from protos import worker_pb2 as pb
+
+
+@dataclass(slots=True)
+class Client:
+    """Who waits for one request, since when, and until when. Times are the worker's monotonic seconds."""
+
+    request: Request
+    session: SessionId
+    handle: int
+    submitted: float
+    deadline: float
+    started: float | None = None  # first chunk scheduled
+
+
+@dataclass(slots=True)
+class _Draft:
+    fresh: bool = True  # nothing sent yet: the next frame describes the worker
+    outputs: dict[int, pb.Output] = field(default_factory=dict)  # by handle
+
+
+class Clients:
+    """`deliver` takes the frames of a step."""
+
+    def __init__(
+        self,
+        description: pb.Description,
+        deliver: Callable[[Mapping[SessionId, pb.Frame]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._description = description
+        self._deliver = deliver
+        self._clock = clock
+        self._drafts: dict[SessionId, _Draft] = {}
+        self._clients: dict[RequestId, Client] = {}
+        self._by_handle: dict[tuple[SessionId, int], RequestId] = {}
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._clients
+
+    def __getitem__(self, request_id: RequestId) -> Client:
+        return self._clients[request_id]
+
+    def attach(self, session: SessionId) -> None:
+        self._drafts[session] = _Draft()
+
+    def end(self, session: SessionId) -> list[RequestId]:
+        """The router is gone. Returns its requests, for the role to abort."""
+        self._drafts.pop(session, None)
+        return [request_id for request_id, client in self._clients.items() if client.session == session]
+
+    def admit(self, session: SessionId, message: pb.Submit) -> Client | None:
+        """Know a new request. None when its session has ended or its handle is taken (a router bug, refused)."""
+        request_id = RequestId(f"{message.request_id}/{session}.{message.handle}")
+        if session not in self._drafts or request_id in self._clients:
+            return None
+        now = self._clock()
+        request = request_from_pb(message, request_id)
+        client = Client(request, session, message.handle, submitted=now, deadline=now + message.timeout_ms / 1000)
+        self._clients[request_id] = client
+        self._by_handle[session, message.handle] = request_id
+        return client
+
+    def find(self, session: SessionId, handle: int) -> RequestId | None:
+        return self._by_handle.get((session, handle))
+
+    def forget(self, request_id: RequestId) -> None:
+        client = self._clients.pop(request_id, None)
+        if client is not None:
+            del self._by_handle[client.session, client.handle]
+
+    def expired(self) -> list[RequestId]:
+        now = self._clock()
+        return [request_id for request_id, client in self._clients.items() if client.deadline <= now]
+
+    def next_deadline(self) -> float | None:
+        return min((client.deadline for client in self._clients.values()), default=None)
+
+    def output(self, request_id: RequestId) -> pb.Output:
+        """The draft of what this step says about a request. Writes to an unknown request go nowhere."""
+        client = self._clients.get(request_id)
+        draft = self._drafts.get(client.session) if client else None
+        if client is None or draft is None:
+            return pb.Output()
+        output = draft.outputs.get(client.handle)
+        if output is None:
+            output = draft.outputs[client.handle] = pb.Output(handle=client.handle)
+        return output
+
+    def say_token(self, token: TokenOutput) -> None:
+        output = self.output(token.request_id)
+        if not output.token_ids:
+            output.index = token.index
+        output.token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            output.logprobs.append(logprobs_to_pb(token.logprobs))
+        if token.prompt_logprobs:
+            output.prompt_logprobs.extend(map(logprobs_to_pb, token.prompt_logprobs))
+        output.finish_reason = finish_to_pb(token.finish_reason)
+
+    def fail(self, request_id: RequestId, message: str, *, retryable: bool, param: str | None = None) -> None:
+        """Say the attempt is over, and forget it."""
+        self.output(request_id).error.CopyFrom(pb.Error(message=message, retryable=retryable, param=param or ""))
+        self.forget(request_id)
+
+    def refuse(self, request_id: RequestId, error: InvalidRequest) -> None:
+        self.fail(request_id, error.message, retryable=False, param=error.param)
+
+    def flush(self, load: pb.Load, kv: KvCache) -> None:
+        """Send every session one frame with what was said since the last flush. Nothing new, nothing sent."""
+        events = kv.drain_events()
+        first_event_number = kv.next_event_number - len(events)
+        frames: dict[SessionId, pb.Frame] = {}
+        for session, draft in self._drafts.items():
+            if not (draft.fresh or draft.outputs or events):
+                continue
+            frame = pb.Frame(load=load, outputs=draft.outputs.values())
+            if draft.fresh:  # the snapshot holds the events drained now, and makes the router exact
+                frame.description.CopyFrom(self._description)
+                frame.kv_snapshot.next_event_number = kv.next_event_number
+                frame.kv_snapshot.hashes.extend(kv.snapshot())
+            elif events:
+                frame.kv_event_number = first_event_number
+                frame.kv_events.extend(
+                    pb.KvEvent(stored=event.stored, removed=event.removed, cleared=event.cleared) for event in events
+                )
+            draft.fresh = False
+            draft.outputs = {}
+            frames[session] = frame
+        if frames:
+            self._deliver(frames)
