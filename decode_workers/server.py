@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Thread
 
@@ -17,8 +17,8 @@ from engine.inbox import Inbox
 from engine.scheduler import SchedulerConfig
 from engine.server import InternalServer, WorkerIdentity, describe
 from engine.session import SessionServer
-from kv_transfer.fingerprint import Fingerprint
 from kv_transfer.sink import KvSink, SinkConfig
+from kv_transfer.transports.base import SinkTransport
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,11 @@ class DecodeServer:
         identity: WorkerIdentity,
         executor: Executor,
         scheduler: SchedulerConfig,
+        transports: Sequence[SinkTransport],
         transfer: SinkConfig,
-        fingerprint: Fingerprint,
+        fingerprint: str,
         *,
+        boot_id: str,
         hash_secret: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -51,11 +53,13 @@ class DecodeServer:
             memory=executor.memory,
             fingerprint=fingerprint,
             token=identity.token,
+            transports=transports,
+            boot_id=boot_id,
             config=transfer,
             clock=clock,
         )
         intake = Intake(engine, self._start_pull, scheduler.max_num_seqs)
-        description = describe(identity, "decode", str(fingerprint), engine, scheduler.max_num_seqs)
+        description = describe(identity, "decode", fingerprint, engine, scheduler.max_num_seqs)
         self.worker = DecodeWorker(
             engine, intake, Clients(description, self._sessions.deliver, clock), self._inbox, clock
         )

@@ -126,8 +126,8 @@ class Clients:
 
     def flush(self, load: pb.Load, kv: KvCache) -> None:
         """Send every session one frame with what was said since the last flush. Nothing new, nothing sent."""
+        first_event_number = kv.next_event_number
         events = kv.drain_events()
-        first_event_number = kv.next_event_number - len(events)
         frames: dict[SessionId, pb.Frame] = {}
         for session, draft in self._drafts.items():
             if not (draft.fresh or draft.outputs or events):

@@ -34,7 +34,11 @@ class InternalServer:
         check_bind(identity.bind_host, identity.token)
         self.grpc: Any = grpc.aio.server(
             interceptors=[TokenInterceptor(identity.token)],
-            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0), ("grpc.http2.min_ping_interval_without_data_ms", 5000)],
+            options=[
+                *CHANNEL_OPTIONS,
+                ("grpc.so_reuseport", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ],
         )
         port = self.grpc.add_insecure_port(f"{identity.bind_host}:{identity.port}")
         self.address = f"{identity.advertise_host or identity.bind_host}:{port}"
@@ -46,7 +50,9 @@ class InternalServer:
         await self.grpc.stop(STOP_GRACE_S)
 
 
-def describe(identity: WorkerIdentity, role: str, fingerprint: str, engine: Engine, max_num_seqs: int) -> pb.Description:
+def describe(
+    identity: WorkerIdentity, role: str, fingerprint: str, engine: Engine, max_num_seqs: int
+) -> pb.Description:
     """What a router learns of a worker when it attaches."""
     executor = engine.executor
     return pb.Description(

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Thread
 
 from engine.clients import Clients
@@ -13,8 +13,8 @@ from engine.inbox import Inbox
 from engine.scheduler import SchedulerConfig
 from engine.server import InternalServer, WorkerIdentity, describe
 from engine.session import SessionServer
-from kv_transfer.fingerprint import Fingerprint
 from kv_transfer.source import KvSource, SourceConfig
+from kv_transfer.transports.base import ServerTransport
 from prefill_workers.worker import Drain, LeaseReleased, PrefillCommand, PrefillWorker
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class PrefillServer:
     """`start`, then `wait` until the loop ends by itself (a crash, or a drain that is complete), then `stop`.
 
-    Takes over `executor` and closes it.
+    Takes over `executor` and `transports`, and closes them.
     """
 
     def __init__(
@@ -31,8 +31,9 @@ class PrefillServer:
         identity: WorkerIdentity,
         executor: Executor,
         scheduler: SchedulerConfig,
+        transports: Sequence[ServerTransport],
         transfer: SourceConfig,
-        fingerprint: Fingerprint,
+        fingerprint: str,
         *,
         hash_secret: str,
         clock: Callable[[], float] = time.monotonic,
@@ -50,13 +51,12 @@ class PrefillServer:
             layer_groups=executor.layer_groups,
             fingerprint=fingerprint,
             link_address=self.address,
-            bind_host=identity.bind_host,
-            token=identity.token,
+            transports=transports,
             config=transfer,
             on_released=lambda lease_id, block_ids: self._inbox.post(LeaseReleased(lease_id, block_ids)),
             clock=clock,
         )
-        description = describe(identity, "prefill", str(fingerprint), engine, scheduler.max_num_seqs)
+        description = describe(identity, "prefill", fingerprint, engine, scheduler.max_num_seqs)
         self.worker = PrefillWorker(
             engine, self._source, Clients(description, self._sessions.deliver, clock), self._inbox, clock
         )
@@ -73,7 +73,6 @@ class PrefillServer:
     async def start(self) -> None:
         self._sessions.register(self._server.grpc)
         self._source.register(self._server.grpc)
-        await self._source.start()
         await self._server.start()
         self._thread.start()
 

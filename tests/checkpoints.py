@@ -58,6 +58,7 @@ FAMILIES: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] 
             "num_hidden_layers": 3,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
             "pad_token_id": 0,
         },
     ),

@@ -1,0 +1,189 @@
+"""`LLM`: generate text from Python, with the engine in this process or against a server, with the same results.
+
+It owns a backend (`baton.llm_local` or `baton.llm_remote`, loaded only when used) and turns its events into lists
+and iterators. Whatever ends an iteration early (an error, Ctrl-C, a `break`) cancels what is still under way.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self, TypeVar, cast
+
+from rich.console import Console
+
+from baton.outputs import Backend, Conversation, Ended, Increment, Job, Message, RequestOutput
+from baton.progress import throughput_bar
+from engine.errors import InvalidRequest
+from engine.request import SamplingParams
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+Increments = Generator[Increment, None, None]
+Params = SamplingParams | Sequence[SamplingParams]
+
+LOOKAHEAD = 8  # jobs begun beyond the oldest unfinished one, in multiples of what runs at once
+
+
+class LLM:
+    """A model to call from Python: `LLM("path or hub id")`, or `LLM(url="http://host:8000")` for a server.
+
+    The engine's options (`dtype` to `block_size`) mean nothing with `url`; `api_key` and `timeout` (seconds a
+    request may take) mean nothing without. With `url`, `model` may stay None where the server has one model.
+    Raises ValueError for a checkpoint that cannot be served, ConnectionError when there is no server.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        url: str | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        kv_cache_memory: str | int = "1GiB",
+        max_batch_tokens: int = 512,
+        max_num_seqs: int = 64,
+        threads: int | None = None,
+        block_size: int = 16,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        # Imported here: either backend is heavy, and a process needs one.
+        if url is not None:
+            from baton.llm_remote import RemoteBackend
+
+            self._backend: Backend = RemoteBackend(url, model, api_key, timeout, max_in_flight=max_num_seqs)
+        elif model is not None:
+            from baton.llm_local import LocalConfig, local_backend
+
+            config = LocalConfig(
+                dtype=dtype,
+                max_model_len=max_model_len,
+                kv_cache_memory=kv_cache_memory,
+                max_batch_tokens=max_batch_tokens,
+                max_num_seqs=max_num_seqs,
+                threads=threads,
+                block_size=block_size,
+            )
+            self._backend = local_backend(model, config)
+        else:
+            raise ValueError("give LLM a model (path or hub id) or the url of a server")
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params | None = None, *, progress: bool = True
+    ) -> list[RequestOutput]:
+        """Continue every prompt (text or token ids), all in flight together; outputs in the prompts' order.
+
+        One prompt gives a list of one. `params` is for all prompts or one for each. `progress` draws a bar when
+        there are several prompts and stderr is a terminal. The first request that fails cancels the others and
+        raises; an InvalidRequest says which prompt.
+        """
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        many = [cast(Prompt, prompts)] if single else list(cast(Sequence[Prompt], prompts))
+        return self._all([Job(*pair) for pair in _paired(many, params)], progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: Params | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """The same for one conversation, or several, through the checkpoint's chat template."""
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        many = [cast(Sequence[Message], messages)] if single else list(cast(Sequence[Sequence[Message]], messages))
+        return self._all([Job(*pair) for pair in _paired([Conversation(each) for each in many], params)], progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Increments:
+        """The same text as `generate`, as it comes. With `n` choices, their increments arrive interleaved."""
+        return self._stream(Job(prompt, params or SamplingParams()))
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Increments:
+        """The same text as `chat`, as it comes."""
+        return self._stream(Job(Conversation(messages), params or SamplingParams()))
+
+    def run(self, jobs: Iterable[Job | Exception]) -> Generator[tuple[int, Ended], None, None]:
+        """Run any number of jobs in bounded memory: yields (place of the job, output or error) as each ends.
+
+        Jobs are taken from the iterable only when there is room, and never far beyond the oldest unfinished one,
+        so a caller that puts the results in order holds few of them. One failure does not stop the others; an
+        exception in the place of a job is its own end.
+        """
+        ended: SimpleQueue[tuple[int, Ended]] = SimpleQueue()
+        under_way: dict[int, Callable[[], None]] = {}  # oldest first
+        waiting = enumerate(jobs)
+        num_begun = 0
+        room = self._backend.max_in_flight
+        try:
+            while True:
+                while len(under_way) < room and num_begun - next(iter(under_way), num_begun) < LOOKAHEAD * room:
+                    if (entry := next(waiting, None)) is None:
+                        break
+                    under_way[entry[0]] = self._begin(*entry, ended)
+                    num_begun += 1
+                if not under_way:
+                    return
+                place, end = ended.get()
+                del under_way[place]
+                yield place, end
+        finally:
+            for cancel in under_way.values():
+                cancel()
+
+    def close(self) -> None:
+        """Cancel what is under way and give back memory, threads and connections. May be called twice."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self, place: int, job: Job | Exception, ended: SimpleQueue[tuple[int, Ended]]) -> Callable[[], None]:
+        if isinstance(job, Exception):
+            ended.put((place, job))
+            return lambda: None
+        return self._backend.complete(job, lambda end: ended.put((place, end)))
+
+    def _all(self, jobs: list[Job], progress: bool) -> list[RequestOutput]:
+        outputs: dict[int, RequestOutput] = {}
+        console = Console(stderr=True)
+        show = progress and len(jobs) > 1 and console.is_terminal
+        with throughput_bar(console, len(jobs), enabled=show) as count, closing(self.run(jobs)) as results:
+            for place, end in results:
+                if isinstance(end, Exception):
+                    raise _located(end, place, len(jobs))
+                outputs[place] = end
+                count(end)
+        return [outputs[place] for place in range(len(jobs))]
+
+    def _stream(self, job: Job) -> Increments:
+        if job.params.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs is not available with stream", param="prompt_logprobs")
+        events: SimpleQueue[Increment | Exception | None] = SimpleQueue()
+        cancel = self._backend.stream(job, events.put)
+        try:
+            while isinstance(event := events.get(), Increment):
+                yield event
+            if event is not None:
+                raise event
+        finally:
+            cancel()
+
+
+def _paired(prompts: Sequence[T], params: Params | None) -> Iterator[tuple[T, SamplingParams]]:
+    each = (
+        [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
+    )
+    if len(each) != len(prompts):
+        raise InvalidRequest(f"{len(prompts)} prompts came with {len(each)} sampling parameters", param="params")
+    return zip(prompts, each, strict=True)
+
+
+def _located(error: Exception, place: int, num_jobs: int) -> Exception:
+    if num_jobs == 1 or not isinstance(error, InvalidRequest):
+        return error
+    return InvalidRequest(f"prompt {place}: {error.message}", param=error.param, code=error.code)

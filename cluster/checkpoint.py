@@ -1,0 +1,37 @@
+"""Where a model's files are: a directory as it is, or a Hugging Face hub id, downloaded once."""
+
+from pathlib import Path
+
+from cluster.spec_errors import SpecError
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # no pickled weights, no code
+
+
+def resolve_model(model: str) -> Path:
+    """The checkpoint's directory. Raises SpecError when there is none and the hub does not give one."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SpecError([f"model: {model!r} is a directory without config.json; needed: a Hugging Face checkpoint"])
+        return path.resolve()
+    if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1:
+        raise SpecError([f"model: {model!r} is not a directory; needed: a checkpoint directory or a hub id"])
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from httpx import HTTPError  # here, for a local checkpoint needs neither
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=FILES))
+    except HFValidationError:
+        reason = "is neither a directory nor a valid hub id"
+    except LocalEntryNotFoundError:
+        reason = "is not a directory and not in the local hub cache, and the Hugging Face hub cannot be reached"
+    except HfHubHTTPError as error:
+        reason = f"is not a directory, and the Hugging Face hub refused it: {error.args[0].splitlines()[0]}"
+    except (HTTPError, OSError) as error:
+        reason = f"is not a directory, and downloading it from the Hugging Face hub failed: {error}"
+    raise SpecError([f"model: {model!r} {reason}; needed: a checkpoint directory or a hub id"])

@@ -1,0 +1,225 @@
+"""A whole cluster as processes of this machine: one per router and worker, each started by its command line.
+
+Life: prepare the run directory, start all processes, wait until every worker has joined and the router is ready,
+supervise, stop. What the processes read is the spec in effect, written to the run directory.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from cluster.checkpoint import resolve_model
+from cluster.process import Command, ending, last_lines
+from cluster.registry.open import lease_directory, open_registry
+from cluster.run_dir import locked, prepare_run_dir, with_run_dir
+from cluster.spec import ClusterSpec, Role, threads_per_worker, worker_id
+from cluster.spec_errors import SpecError
+from cluster.spec_file import save_spec
+from cluster.supervisor import GRACE_S, Ended, Supervisor
+from router.membership import Joined
+
+START_TIMEOUT_S = 1800.0  # loading a large checkpoint from a slow disk
+READY_INTERVAL_S = 0.1
+ROLES: tuple[Role, Role] = ("prefill", "decode")
+
+
+class ClusterFailed(Exception):
+    """The cluster did not come up. The message quotes the log of the process at fault."""
+
+
+def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpec:
+    """The spec in effect: what it leaves open for one machine is decided. Raises SpecError."""
+    for role in ROLES:
+        pool = spec.pool(role)
+        if pool.port and pool.replicas > 1:
+            raise SpecError(
+                [f"{role}.port: {pool.port} is not allowed with {pool.replicas} workers on one machine; allowed: 0"]
+            )
+    if spec.router.port == 0:
+        router = spec.router.model_copy(update={"port": _free_port(spec.router.host)})
+        spec = spec.model_copy(update={"router": router})
+    if "torch" in {spec.pool(role).engine for role in ROLES}:  # before any process starts: a download happens once
+        model = {"model": str(resolve_model(spec.model)), "served_model_name": spec.public_model_name}
+        spec = spec.model_copy(update=model)
+    return with_run_dir(spec, environ)
+
+
+def _free_port(host: str) -> int:
+    """A port that was free a moment ago; the router fails to start in the rare case that it is taken by then."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+        return int(server.getsockname()[1])
+
+
+def router_url(spec: ClusterSpec) -> str:
+    """Where a client on this machine reaches the router."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.router.host, spec.router.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{spec.router.port}"
+
+
+def commands(spec: ClusterSpec, spec_path: Path, environ: Mapping[str, str]) -> list[Command]:
+    """The processes of a cluster, router first."""
+    num_cores = len(os.sched_getaffinity(0))
+
+    def command(name: str, role: str, index: int, threads: int) -> Command:
+        argv = (sys.executable, "-m", "baton", role, "--spec", str(spec_path), "--index", str(index))
+        # The libraries below torch read this once, when they are loaded.
+        settings = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        return Command(name, argv, {**environ, **settings}, spec_path.parent / "logs" / f"{name}.log")
+
+    workers = [
+        command(worker_id(role, index), role, index, threads_per_worker(spec, role, num_cores))
+        for role in ROLES
+        for index in range(spec.pool(role).replicas)
+    ]
+    return [command("router", "router", 0, 1), *workers]
+
+
+class LocalCluster:
+    """`async with LocalCluster(spec) as cluster` gives a cluster that serves at `cluster.url`.
+
+    Entering raises SpecError for a spec that cannot be used here and ClusterFailed when a process ends or `timeout_s`
+    passes before everything is ready. `report` is told of processes that end later; they are started again.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        *,
+        progress: bool = False,
+        report: Callable[[Ended], None] = lambda ended: print(ended, file=sys.stderr),
+        environ: Mapping[str, str] = os.environ,  # what children inherit, and where the run directory may be named
+        timeout_s: float = START_TIMEOUT_S,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self.spec = on_this_machine(spec, environ)
+        self.url = router_url(self.spec)
+        self.run_dir = Path(self.spec.run_dir or "")
+        self._progress = progress
+        self._report = report
+        self._environ = environ
+        self._timeout_s = timeout_s
+        self._grace_s = grace_s
+        self._exits = AsyncExitStack()
+        self._ended_early: asyncio.Future[Ended] | None = None
+        self._supervisor: Supervisor | None = None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of the processes that run now, by name: router, prefill-0, decode-0 and so on."""
+        return dict(self._supervisor.pids) if self._supervisor else {}
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as exits:
+            prepare_run_dir(self.run_dir)
+            exits.enter_context(locked(self.run_dir))
+            self._ended_early = asyncio.get_running_loop().create_future()
+            self._supervisor = Supervisor(self._prepared_commands(), self._ended, grace_s=self._grace_s)
+            await exits.enter_async_context(self._supervisor)
+            await self._until_ready(self._ended_early)
+            self._ended_early = None
+            self._exits = exits.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._exits.aclose()
+
+    async def wait(self) -> None:
+        """Return when the user (SIGINT) or the system (SIGTERM) asks this process to stop."""
+        asked, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, asked.set)
+        try:
+            await asked.wait()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _prepared_commands(self) -> list[Command]:
+        spec_path = self.run_dir / "spec.yaml"
+        save_spec(self.spec, spec_path)
+        shutil.rmtree(self.run_dir / "logs", ignore_errors=True)
+        (self.run_dir / "logs").mkdir(mode=0o700)
+        if self.spec.registry == "file":  # leases of an earlier cluster here: nobody else uses this directory
+            shutil.rmtree(lease_directory(self.spec), ignore_errors=True)
+        return commands(self.spec, spec_path, self._environ)
+
+    def _ended(self, ended: Ended) -> None:
+        if self._ended_early is None:
+            self._report(ended)
+        elif not self._ended_early.done():
+            self._ended_early.set_result(ended)
+
+    async def _until_ready(self, ended_early: asyncio.Future[Ended]) -> None:
+        """Raises ClusterFailed as soon as a process ends."""
+        with _display(self._progress, [command.name for command in commands(self.spec, Path(), {})]) as done:
+            ready = asyncio.create_task(self._ready(done))
+            try:
+                first: set[asyncio.Future[Any]] = {ready, ended_early}
+                await asyncio.wait(first, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not ready.done():
+                    ready.cancel()
+                    await asyncio.gather(ready, return_exceptions=True)
+        if ended_early.done():
+            ended = ended_early.result()
+            raise ClusterFailed(
+                f"{ended.command.name} {ending(ended.status)} while starting. "
+                f"The end of its log, {ended.command.log}:\n{last_lines(ended.command.log)}"
+            )
+        if ready.cancelled():
+            raise ClusterFailed(
+                f"the cluster was not ready after {self._timeout_s:.0f} s; logs: {self.run_dir / 'logs'}"
+            )
+        ready.result()
+
+    async def _ready(self, done: Callable[[str], None]) -> None:
+        missing = {str(worker_id(role, index)) for role in ROLES for index in range(self.spec.pool(role).replicas)}
+        registry = open_registry(self.spec)
+        try:
+            async with contextlib.aclosing(registry.watch()) as events:
+                async for event in events:
+                    if isinstance(event, Joined) and event.worker_id in missing:
+                        missing.remove(event.worker_id)
+                        done(event.worker_id)
+                    if not missing:
+                        break
+        finally:
+            await registry.aclose()
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+            while True:
+                if await _answers(client, f"{self.url}/ready"):
+                    break
+                await asyncio.sleep(READY_INTERVAL_S)  # nothing would tell when, and it is only at start
+        done("router")
+
+
+async def _answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url)).is_success
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
+def _display(shown: bool, names: Sequence[str]) -> Iterator[Callable[[str], None]]:
+    """Show how far each process is; the function given marks one as ready."""
+    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        tasks = {name: progress.add_task(f"{name} is starting", total=1) for name in names}
+
+        def done(name: str) -> None:
+            progress.update(tasks[name], completed=1, description=f"{name} is ready")
+
+        yield done

@@ -1,0 +1,288 @@
+"""The cluster spec: everything a deployment decides, read once from YAML, then frozen.
+
+`baton/` loads it and gives each object only what that object needs; nothing below `cluster` sees it. `model` alone is
+a working cluster on one machine. A value of None in a pool means: what the top level says.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NewType, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from cluster.spec_errors import FIELDS_TOGETHER
+from engine.auth import is_loopback
+
+Role = Literal["prefill", "decode"]
+WorkerId = NewType("WorkerId", str)
+
+SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+SIZE_PATTERN = r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)?$"
+REGISTRY_PATTERN = r"^(file|file:/.+|rediss?://.+|unix:///.+)$"
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes of '512MiB' and the like; anything else is left for the type check to refuse."""
+    match = re.match(SIZE_PATTERN, value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    number = value.removesuffix(match[2] or "")
+    return math.floor(float(number) * SIZE_UNITS[match[2] or ""])
+
+
+def format_size(num_bytes: int) -> str:
+    unit = max((u for u in SIZE_UNITS if num_bytes % SIZE_UNITS[u] == 0), key=lambda u: SIZE_UNITS[u])
+    return f"{num_bytes // SIZE_UNITS[unit]}{unit}"
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("not a power of two")
+    return value
+
+
+def _path_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(format_size),
+    Field(ge=1),
+    WithJsonSchema({"type": "string", "pattern": SIZE_PATTERN, "x-allowed": "a size such as 512MiB or 2GiB"}),
+]
+BlockSize = Annotated[
+    int,
+    Field(ge=1, le=256),
+    AfterValidator(_power_of_two),
+    WithJsonSchema({"enum": [1 << i for i in range(9)]}),
+]
+FilePath = Annotated[
+    str, BeforeValidator(_path_text), Field(min_length=1), Field(json_schema_extra={"x-allowed": "a path"})
+]
+Host = Annotated[str, Field(min_length=1, json_schema_extra={"x-allowed": "a host name or address"})]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Engine = Literal["torch", "simulated"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SchedulerSpec(Section):
+    max_batch_tokens: Count = Field(512, description="tokens one step may compute, prefill and decode together")
+    max_num_seqs: Count = Field(64, description="sequences one worker runs at a time")
+
+
+class KvCacheSpec(Section):
+    memory: Size = Field(1 << 30, description="host memory for KV blocks, per worker")
+    num_blocks: Count | None = Field(None, description="number of blocks; overrides memory")
+
+
+class PoolSpec(Section):
+    replicas: int = Field(1, ge=0, le=1024, description="number of workers")
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="CPU threads of each worker; null: this machine's cores shared among its workers"
+    )
+    engine: Engine | None = Field(None, description="overrides engine")
+    block_size: BlockSize | None = Field(None, description="overrides block_size")
+    scheduler: SchedulerSpec | None = Field(None, description="overrides the fields of scheduler it names")
+    kv_cache: KvCacheSpec | None = Field(None, description="replaces kv_cache")
+    host: Host | None = Field(None, description="address its ports bind to; null: security.bind_host")
+    port: Port = Field(0, description="gRPC port; 0: any free one")
+
+
+class RouterSpec(Section):
+    host: Host = Field("127.0.0.1", description="address the HTTP port binds to")
+    port: Port = Field(8000, description="HTTP port; 0: any free one")
+    policy: Literal["prefix_aware", "round_robin", "least_loaded"] = Field(
+        "prefix_aware", description="how workers are chosen"
+    )
+    local_prefill_max_tokens: int = Field(
+        64, ge=0, description="prompts with at most this many tokens to compute are prefilled by the decode worker"
+    )
+    max_queue: Count = Field(1024, description="requests in the house before new ones get 429")
+    request_timeout_s: Seconds = Field(600, description="longest life of a request")
+    api_key_file: FilePath | None = Field(None, description="file with the key clients must send; null: no key")
+    max_body_bytes: Size = Field(32 << 20, description="longest request body")
+
+
+class TransferSpec(Section):
+    transport: Literal["auto", "shared_memory", "tcp"] = Field(
+        "auto", description="how KV bytes travel; auto: shared memory on one host, else TCP"
+    )
+    lease_s: Seconds = Field(30, description="how long a prefill worker keeps offered blocks without a renewal")
+    silence_s: Seconds = Field(2, description="a link is lost after this long without a message")
+    pull_timeout_s: Seconds = Field(60, description="longest a decode worker waits for offered KV")
+
+
+class SecuritySpec(Section):
+    bind_host: Host = Field("127.0.0.1", description="address internal ports bind to")
+    token_file: FilePath | None = Field(
+        None, description="file with the deployment's token; needed when an internal port is not on loopback"
+    )
+
+
+class SimulatedSpec(Section):
+    prefill_tokens_per_s: Rate = Field(20_000, description="speed of prefill")
+    step_base_s: float = Field(0.005, ge=0, description="fixed time of a step")
+    decode_s_per_sequence: float = Field(0.0001, ge=0, description="added for each decoding sequence")
+    kv_read_tokens_per_s: Rate = Field(50_000_000, description="speed of reading KV during attention")
+    vocab_size: Count = Field(32_000, description="token ids it emits are below this")
+    max_model_len: Count = Field(32_768, description="longest prompt plus output")
+
+
+class ClusterSpec(Section):
+    model: str = Field(min_length=1, description="checkpoint: a directory or a Hugging Face hub id")
+    name: str = Field(
+        "baton",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,39}$",
+        description="name of the deployment",
+        json_schema_extra={"x-allowed": "1 to 40 lower-case letters, digits and hyphens"},
+    )
+    served_model_name: str | None = Field(None, min_length=1, description="name in the API; null: from model")
+    engine: Engine = Field("torch", description="what computes; simulated: a timing model in place of the math")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
+    max_model_len: Count | None = Field(None, description="longest prompt plus output; null: the model's own limit")
+    block_size: BlockSize = Field(16, description="tokens in a KV block")
+    scheduler: SchedulerSpec = Field(SchedulerSpec(), description="limits of one step")
+    kv_cache: KvCacheSpec = Field(KvCacheSpec(), description="size of the KV pool")
+    prefill: PoolSpec = Field(PoolSpec(), description="the prefill pool; replicas 0: decode workers prefill")
+    decode: PoolSpec = Field(PoolSpec(), description="the decode pool")
+    router: RouterSpec = Field(RouterSpec(), description="the HTTP front and router")
+    transfer: TransferSpec = Field(TransferSpec(), description="how KV moves from prefill to decode")
+    registry: str = Field(
+        "file",
+        pattern=REGISTRY_PATTERN,
+        description="where workers announce themselves",
+        json_schema_extra={"x-allowed": "file (below run_dir), file:/directory, redis://host:port/db, unix:///socket"},
+    )
+    security: SecuritySpec = Field(SecuritySpec(), description="who may reach internal ports")
+    simulated: SimulatedSpec = Field(SimulatedSpec(), description="the timing model of engine: simulated")
+    run_dir: FilePath | None = Field(
+        None, description="logs and lease files; null: a private directory named after name and router.port"
+    )
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> Self:
+        problems = dict.fromkeys(check_together(self))
+        if problems:
+            raise PydanticCustomError(FIELDS_TOGETHER, "{problems}", {"problems": "\n".join(problems)})
+        return self
+
+    @property
+    def public_model_name(self) -> str:
+        if self.served_model_name:
+            return self.served_model_name
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+
+    def pool(self, role: Role) -> "PoolSettings":
+        """The pool with everything it inherits filled in."""
+        pool = self.prefill if role == "prefill" else self.decode
+        return PoolSettings(
+            role=role,
+            replicas=pool.replicas,
+            threads=pool.threads,
+            engine=pool.engine or self.engine,
+            block_size=pool.block_size or self.block_size,
+            scheduler=_overridden(self.scheduler, pool.scheduler),
+            kv_cache=pool.kv_cache or self.kv_cache,
+            host=pool.host or self.security.bind_host,
+            port=pool.port,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What one pool of workers runs with."""
+
+    role: Role
+    replicas: int
+    threads: int | None
+    engine: Engine
+    block_size: int
+    scheduler: SchedulerSpec
+    kv_cache: KvCacheSpec
+    host: str
+    port: int
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+
+
+def _overridden(base: SomeSection, override: SomeSection | None) -> SomeSection:
+    if override is None:
+        return base
+    return base.model_copy(update={field: getattr(override, field) for field in override.model_fields_set})
+
+
+def worker_id(role: Role, index: int) -> WorkerId:
+    """The name a worker keeps over restarts; its epoch tells the lives apart."""
+    return WorkerId(f"{role}-{index}")
+
+
+def threads_per_worker(spec: ClusterSpec, role: Role, num_cores: int) -> int:
+    """CPU threads of each worker of a pool when the whole cluster runs on a machine with `num_cores`."""
+    num_workers = spec.prefill.replicas + spec.decode.replicas
+    return spec.pool(role).threads or max(1, num_cores // num_workers)
+
+
+def check_together(spec: ClusterSpec) -> Iterator[str]:
+    """Problems that no field has alone, one line each."""
+    if spec.decode.replicas < 1:
+        yield "decode.replicas: 0 is not allowed: every answer comes from a decode worker; allowed: at least 1"
+    pools = [spec.pool("prefill"), spec.pool("decode")]
+    if len({pool.engine for pool in pools}) > 1:
+        yield (
+            f"prefill.engine: {pools[0].engine!r} is not allowed beside decode.engine {pools[1].engine!r}, "
+            "for neither can use the other's KV; allowed: the same engine in both pools"
+        )
+    for pool in pools:
+        yield from _check_pool(spec, pool)
+    if spec.transfer.lease_s <= spec.transfer.silence_s:
+        yield (
+            f"transfer.lease_s: {spec.transfer.lease_s} is not allowed: a lease must outlast a silent link; "
+            f"allowed: more than transfer.silence_s, which is {spec.transfer.silence_s}"
+        )
+
+
+def _check_pool(spec: ClusterSpec, pool: PoolSettings) -> Iterator[str]:
+    steps, blocks = pool.scheduler, pool.kv_cache.num_blocks
+    if steps.max_num_seqs > steps.max_batch_tokens:
+        yield (
+            f"{pool.role}: scheduler.max_num_seqs {steps.max_num_seqs} is not allowed: each running sequence needs a "
+            f"token in every step; allowed: at most scheduler.max_batch_tokens, which is {steps.max_batch_tokens}"
+        )
+    if spec.max_model_len and blocks and blocks * pool.block_size < spec.max_model_len:
+        yield (
+            f"{pool.role}: kv_cache.num_blocks {blocks} is not allowed: one request of max_model_len "
+            f"{spec.max_model_len} needs {-(-spec.max_model_len // pool.block_size)} blocks of {pool.block_size} tokens"
+        )
+    if pool.engine == "simulated" and (spec.max_model_len or 0) > spec.simulated.max_model_len:
+        yield (
+            f"max_model_len: {spec.max_model_len} is not allowed with engine simulated; "
+            f"allowed: at most simulated.max_model_len, which is {spec.simulated.max_model_len}"
+        )
+    if spec.security.token_file is None and not is_loopback(pool.host):
+        field = f"{pool.role}.host" if pool.host != spec.security.bind_host else "security.bind_host"
+        yield (
+            f"{field}: {pool.host!r} is not allowed while security.token_file is null: other machines could reach "
+            f"{pool.role} workers; allowed: a loopback address, or any with security.token_file set"
+        )

@@ -1,0 +1,105 @@
+"""Keeps the processes of a cluster on one machine running: what ends is started again, ever more slowly.
+
+Owns its children from entering the context to leaving it; afterwards none is left, nor anything they started.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from cluster.process import Child, Command, ending, start
+
+GRACE_S = 30.0  # what orchestrators give between SIGTERM and SIGKILL, too
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A child ended without being asked to, and will be started again in `restart_in_s`."""
+
+    command: Command
+    status: int
+    ran_for_s: float
+    restart_in_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.command.name} {ending(self.status)} after {self.ran_for_s:.1f} s; "
+            f"starting it again in {self.restart_in_s:.1f} s; its log: {self.command.log}"
+        )
+
+
+class Backoff:
+    """How long to wait before the next start. Pure. A long enough run is a fresh beginning."""
+
+    def __init__(self, first_s: float = 0.5, longest_s: float = 30.0, steady_after_s: float = 60.0) -> None:
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self._steady_after_s = steady_after_s
+        self._next_s = first_s
+
+    def after(self, ran_for_s: float) -> float:
+        """The delay after a run of `ran_for_s`."""
+        delay = self._first_s if ran_for_s >= self._steady_after_s else self._next_s
+        self._next_s = min(2 * delay, self._longest_s)
+        return delay
+
+
+class Supervisor:
+    """`report` is called for every unasked-for ending. `pids` holds the children that run now."""
+
+    def __init__(
+        self,
+        commands: Sequence[Command],
+        report: Callable[[Ended], None],
+        *,
+        grace_s: float = GRACE_S,
+        backoff: Callable[[], Backoff] = Backoff,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._commands = commands
+        self._report = report
+        self._grace_s = grace_s
+        self._backoff = backoff
+        self._clock = clock
+        self._sleep = sleep
+        self._tasks: list[asyncio.Task[None]] = []
+        self.pids: dict[str, int] = {}
+
+    async def __aenter__(self) -> Self:
+        """Start every child. Raises OSError when a program cannot be run; then none is left running."""
+        try:
+            for command in self._commands:
+                child = await start(command)
+                self._tasks.append(asyncio.create_task(self._keep(command, child), name=command.name))
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stop()
+
+    async def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        # Cancelled while waiting: the tasks are cancelled again, which makes them kill instead of wait.
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _keep(self, command: Command, child: Child) -> None:
+        backoff = self._backoff()
+        while True:
+            self.pids[command.name] = child.pid
+            started = self._clock()
+            try:
+                status = await child.wait()
+            finally:
+                del self.pids[command.name]
+                await child.stop(self._grace_s)
+            ran_for_s = self._clock() - started
+            delay = backoff.after(ran_for_s)
+            self._report(Ended(command, status, ran_for_s, delay))
+            await self._sleep(delay)
+            child = await start(command)

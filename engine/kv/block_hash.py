@@ -1,0 +1,42 @@
+"""Chained hashes of full blocks: the name under which a prefix is cached. Used by workers and by the router.
+
+h_i = xxh3-64(h_{i-1} followed by the tokens of block i as little-endian int32). The chain starts from a seed made of
+the deployment's secret, model, adapter and cache salt, so nothing is shared across them and nobody outside can
+construct a collision; whoever reuses a block compares its tokens all the same.
+"""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+from struct import unpack
+
+from xxhash import xxh3_64_digest
+
+TOKEN_BYTES = 4
+
+
+def chain_seed(secret: str, model: str, adapter: str, salt: str) -> int:
+    """The link before the first block. Fields are length-prefixed, so no two combinations are the same bytes."""
+    state = blake2b(digest_size=8, person=b"baton-block-hash")
+    for field in (secret, model, adapter, salt):
+        encoded = field.encode("utf-8", "surrogatepass")
+        state.update(len(encoded).to_bytes(8, "little"))
+        state.update(encoded)
+    return int.from_bytes(state.digest(), "big")
+
+
+def block_hashes(token_ids: Sequence[int], block_size: int, seed: int) -> list[int]:
+    """One hash for each full block. `seed` is the link before: the chain's, or the hash of the block before."""
+    tokens = token_bytes(token_ids)
+    size = block_size * TOKEN_BYTES
+    link = seed.to_bytes(8, "big")
+    links: list[bytes] = []
+    for start in range(0, len(tokens) - size + 1, size):
+        link = xxh3_64_digest(link + tokens[start : start + size])
+        links.append(link)
+    return list(unpack(f">{len(links)}Q", b"".join(links)))
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Raises OverflowError for an id that is no int32: ids are checked before they are hashed."""
+    return array("i", token_ids).tobytes()

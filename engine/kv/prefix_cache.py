@@ -1,0 +1,113 @@
+"""Which blocks hold the KV of which prefix, and in what order idle ones are evicted.
+
+Owned by `KvCache`. A cached block is an entry of a tree: its parent is the cached block before it in the chain, which
+need not be the block its own sequence uses there (two sequences may have computed the same block at the same time).
+`KvCache` keeps a parent referenced while a child is, so a parent always becomes idle after its children. Hence the
+block idle for longest is a leaf, and evicting in that order keeps "block i cached implies blocks 0..i-1 cached".
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.kv.block_hash import TOKEN_BYTES, token_bytes
+from engine.kv.events import KvEventLog
+from engine.kv.layout import BlockId
+
+
+@dataclass(frozen=True, slots=True)
+class CachedBlock:
+    block_hash: int
+    tokens: bytes
+    parent: BlockId | None  # None: the first block of its chain
+
+
+class PrefixCache:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_bytes = block_size * TOKEN_BYTES
+        self._block_size = block_size
+        self.by_hash: dict[int, BlockId] = {}
+        self.entries: dict[BlockId, CachedBlock] = {}
+        self.idle: OrderedDict[BlockId, None] = OrderedDict()  # idle for longest first
+        self.events = KvEventLog(self.by_hash.keys, max_hashes=4 * num_blocks)
+
+    def match(self, token_ids: Sequence[int], hashes: Sequence[int]) -> list[BlockId]:
+        """Blocks of the longest cached prefix, every one compared token by token."""
+        num_likely = self.num_likely(hashes)
+        if num_likely == 0:
+            return []
+        tokens = token_bytes(token_ids[: num_likely * self._block_size])
+        blocks: list[BlockId] = []
+        parent = None
+        for i in range(num_likely):
+            block = self._find(hashes[i], self._piece(tokens, i), parent)
+            if block is None:
+                break
+            blocks.append(block)
+            parent = block
+        return blocks
+
+    def num_likely(self, hashes: Sequence[int]) -> int:
+        """How many blocks `match` gives, unless a hash collides; by bisection, as what is cached is a prefix."""
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if hashes[middle - 1] in self.by_hash:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def insert(
+        self, token_ids: Sequence[int], hashes: Sequence[int], block_ids: Sequence[BlockId], num_blocks: int
+    ) -> list[BlockId]:
+        """Cache the first `num_blocks` of `block_ids`, except those whose content another block caches already.
+
+        Returns the parents of the new entries, for the caller to retain one reference for each.
+        """
+        first = num_blocks  # what comes before a block that is cached itself is cached, as itself or as another
+        while first > 0 and block_ids[first - 1] not in self.entries:
+            first -= 1
+        parent = block_ids[first - 1] if first else None
+        tokens = token_bytes(token_ids[first * self._block_size : num_blocks * self._block_size])
+        parents: list[BlockId] = []
+        for i in range(first, num_blocks):
+            piece = self._piece(tokens, i - first)
+            if hashes[i] in self.by_hash:
+                parent = self._find(hashes[i], piece, parent)
+                if parent is None:  # a collision: what follows cannot be reached
+                    break
+                continue
+            block = block_ids[i]
+            self.by_hash[hashes[i]] = block
+            self.entries[block] = CachedBlock(hashes[i], piece, parent)
+            self.events.stored(hashes[i])
+            if parent is not None:
+                parents.append(parent)
+            parent = block
+        return parents
+
+    def evict(self) -> BlockId:
+        """Forget the block idle for longest. The caller knows there is one."""
+        block, _ = self.idle.popitem(last=False)
+        entry = self.entries.pop(block)
+        del self.by_hash[entry.block_hash]
+        self.events.removed(entry.block_hash)
+        return block
+
+    def clear(self) -> None:
+        self.by_hash.clear()
+        self.entries.clear()
+        self.idle.clear()
+        self.events.cleared()
+
+    def _find(self, block_hash: int, tokens: bytes, parent: BlockId | None) -> BlockId | None:
+        """The block cached under this hash if it has these tokens after that parent, hence the whole prefix."""
+        block = self.by_hash.get(block_hash)
+        if block is None:
+            return None
+        entry = self.entries[block]
+        return block if entry.tokens == tokens and entry.parent == parent else None
+
+    def _piece(self, tokens: bytes, i: int) -> bytes:
+        return tokens[i * self._block_bytes : (i + 1) * self._block_bytes]

@@ -1,0 +1,155 @@
+"""Which sequences compute how many tokens in the next step: in-flight batching with chunked prefill.
+
+Owned by the engine; pure: no clock, no randomness. Everything goes by (priority, arrival), lower first. Each step
+gives every decoding sequence its token, then spends the rest of the budget on prompts in order, then admits waiting
+ones in order: a prompt that does not fit yet is never bypassed. Admission takes all blocks the known tokens need, so
+only decoding can run short; then the last running sequence gives its blocks up and waits again in its old place. The
+first one is never preempted and fits alone, so it finishes, and then the next is first: nobody starves.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from engine.kv.cache import KvCache
+from engine.sequence import Sequence
+
+by_key = attrgetter("key")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_batch_tokens: int = 512  # tokens one step may compute, prefill and decode together
+    max_num_seqs: int = 64  # sequences in one step
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_num_seqs <= self.max_batch_tokens:
+            raise ValueError(f"max_num_seqs must be between 1 and max_batch_tokens: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. `work`: how many of its next tokens each sequence computes."""
+
+    work: list[tuple[Sequence, int]] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)  # admitted in this step, all in `work`
+    preempted: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """`running` may be longer than `max_num_seqs` where sequences joined with their KV; the first ones go first."""
+
+    def __init__(self, config: SchedulerConfig, kv: KvCache) -> None:
+        self._config = config
+        self._kv = kv
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.num_waiting_tokens = 0
+        self.short_of_blocks = False  # in the last step something could not run, or not go on, for lack of blocks
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence in its place."""
+        insort(self.waiting, sequence, key=by_key)
+        self.num_waiting_tokens += sequence.num_tokens
+
+    def join(self, sequence: Sequence) -> None:
+        """Run a sequence that brings its blocks."""
+        insort(self.running, sequence, key=by_key)
+        sequence.running = True
+
+    def remove(self, sequence: Sequence) -> None:
+        """It leaves, wherever it is; its blocks are the caller's."""
+        queue = self.running if sequence.running else self.waiting
+        place = bisect_left(queue, sequence.key, key=by_key)
+        assert queue[place] is sequence, sequence.request.id
+        del queue[place]
+        if sequence.running:
+            sequence.running = False
+        else:
+            self.num_waiting_tokens -= sequence.num_tokens
+
+    def plan(self) -> Plan:
+        plan = Plan()
+        self.short_of_blocks = False
+        prefills = self._decode(plan)
+        budget = self._config.max_batch_tokens - len(plan.work)
+        for sequence in prefills:
+            budget -= self._compute(sequence, budget, plan)
+        if not self.short_of_blocks:
+            self._admit(plan, budget)
+        return plan
+
+    def _decode(self, plan: Plan) -> list[Sequence]:
+        """Plan a token for each sequence that lacks only the last one's KV; returns the others."""
+        prefills: list[Sequence] = []
+        block_size = self._kv.block_size
+        place = 0
+        while place < min(len(self.running), self._config.max_num_seqs):
+            sequence = self.running[place]
+            place += 1
+            num_tokens = len(sequence.token_ids)
+            if num_tokens - sequence.num_computed_tokens > 1:
+                prefills.append(sequence)
+            elif len(sequence.block_ids) * block_size >= num_tokens or self._grow(sequence, plan):
+                plan.work.append((sequence, 1))
+        return prefills
+
+    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+        """One more block, from those behind if need be; with nobody behind, it keeps what it has and waits."""
+        while (block_ids := self._kv.allocate(1)) is None:
+            self.short_of_blocks = True
+            last = self.running[-1]
+            if last is sequence:
+                return False
+            self._preempt(last)
+            plan.preempted.append(last)
+        sequence.block_ids += block_ids
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Its full blocks are in the prefix cache; what is not evicted meanwhile it finds there again."""
+        self.remove(sequence)
+        self._kv.release(sequence.forget_computed())
+        sequence.num_preemptions += 1
+        self.add(sequence)
+
+    def _admit(self, plan: Plan, budget: int) -> None:
+        while budget > 0 and self.waiting and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self._reserve(sequence):
+                self.short_of_blocks = True
+                return
+            self.remove(sequence)
+            self.join(sequence)
+            plan.started.append(sequence)
+            budget -= self._compute(sequence, budget, plan)
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Blocks for all tokens, or none: those of the longest cached prefix, and fresh ones.
+
+        The last token is always computed, as its logits are wanted; for logprobs of the prompt, all are.
+        """
+        kv, num_tokens = self._kv, sequence.num_tokens
+        num_blocks = -(-num_tokens // kv.block_size)
+        hashes = [] if sequence.wants_prompt_logprobs else sequence.hashes[: (num_tokens - 1) // kv.block_size]
+        if num_blocks - kv.num_likely(hashes) > kv.num_free:
+            return False  # seen without comparing a long prompt again in every step it waits
+        held = kv.match(sequence.token_ids, hashes)
+        fresh = kv.allocate(num_blocks - len(held))
+        if fresh is None:
+            kv.release(held)
+            return False
+        sequence.block_ids = held + fresh
+        sequence.num_computed_tokens = len(held) * kv.block_size
+        return True
+
+    def _compute(self, sequence: Sequence, budget: int, plan: Plan) -> int:
+        """Plan the next tokens, at most `budget`. A chunk in mid-prompt ends with a block where it can."""
+        start = sequence.num_computed_tokens
+        num_tokens = sequence.num_tokens - start
+        if num_tokens > budget:
+            aligned = (start + budget) // self._kv.block_size * self._kv.block_size
+            num_tokens = aligned - start if aligned > start else budget
+        if num_tokens > 0:
+            plan.work.append((sequence, num_tokens))
+        return num_tokens

@@ -1,0 +1,212 @@
+"""One pull: what a source has announced of one lease, and the copies that bring it here.
+
+Lives on the asyncio loop. Its SinkLink feeds it (`announced`, `closed`, `lost`), `run` copies until everything is in
+place and the source has confirmed that the lease held. Every message is checked against the offer and the negotiated
+layout before anything is copied. Invariant: when `run` returns or raises, no copy into the sink's blocks is running
+or will ever start, even if the task was cancelled.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from threading import Event
+
+from engine.errors import TransferError
+from kv_transfer.copier import Copier, Piece
+from kv_transfer.handoff import Handoff, HandoffState
+from protos import transfer_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """`num_blocks` of the sink were filled. `copy_seconds`: time in which at least one copy ran.
+    `exposed_seconds`: from hearing that prefill is complete to the last byte verified in place."""
+
+    first_token: int
+    finished: bool  # nothing is left to decode
+    num_blocks: int
+    num_bytes: int
+    copy_seconds: float
+    exposed_seconds: float
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullLimits:
+    job_bytes: int  # what one copy job takes
+    num_jobs: int  # at once
+    max_failures: int  # of one piece, before the pull fails
+
+
+class Pull:
+    def __init__(
+        self,
+        *,
+        lease_id: str,
+        first_block: int,
+        num_blocks: int,
+        copier: Copier,
+        handoff: Handoff,
+        limits: PullLimits,
+        send: Callable[[pb.SinkMessage], None],
+        pool: Executor,
+        clock: Callable[[], float],
+    ) -> None:
+        self.lease_id = lease_id
+        self._num_blocks = num_blocks
+        self._copier = copier
+        self._handoff = handoff
+        self._limits = limits
+        self._send = send
+        self._pool = pool
+        self._clock = clock
+        num_groups = len(copier.groups)
+        self._next_block = [first_block] * num_groups  # of the source, for each layer group
+        self._first_block = first_block
+        self._pending: deque[Piece] = deque()
+        self._jobs: set[asyncio.Future[tuple[list[Piece], str]]] = set()
+        self._stop = Event()
+        self._wake = asyncio.Event()
+        self._failure: tuple[HandoffState, str] | None = None
+        self._confirmed: bool | None = None
+        self._first_token: pb.FirstToken | None = None
+        self._token_time = 0.0
+        self._busy_since = 0.0
+        self._copy_seconds = 0.0
+        self._num_bytes = 0
+
+    # What the link hears. On the loop.
+
+    def announced(self, message: pb.Announcement) -> None:
+        group, count = message.layer_group, len(message.checksums)
+        if self._first_token is not None or group >= len(self._next_block):
+            return self._fail(HandoffState.FAILED, "the source announced what it may not")
+        start = self._next_block[group]
+        if message.first_block != start or start + count > self._num_blocks:
+            return self._fail(HandoffState.FAILED, "the source announced blocks out of order")
+        self._next_block[group] = start + count
+        if group in self._copier.needed_groups:
+            self._pending.extend(Piece(group, start + i, sum_) for i, sum_ in enumerate(message.checksums))
+        if message.HasField("first_token"):
+            if min(self._next_block) != self._num_blocks:
+                return self._fail(HandoffState.FAILED, "the source ended its announcements early")
+            self._first_token = message.first_token
+            self._token_time = self._clock()
+        self._wake.set()
+        return None
+
+    def closed(self, message: pb.Closed) -> None:
+        if self._handoff.state is HandoffState.READY and not message.reason:
+            self._confirmed = message.valid
+            self._wake.set()
+        else:
+            self._fail(HandoffState.ABORTED, f"the source ended the lease: {message.reason[:200]}")
+
+    def lost(self, reason: str) -> None:
+        self._fail(HandoffState.FAILED, reason)
+
+    # The task.
+
+    async def run(self) -> tuple[pb.FirstToken, int, float, float]:
+        """Returns (first token, bytes copied, seconds copying, seconds exposed). Raise TransferError."""
+        try:
+            self._open()
+            await self._copy_all()
+            exposed = max(0.0, self._clock() - self._token_time)
+            await self._confirm()
+        except BaseException:
+            self._handoff.end(HandoffState.ABORTED, self._clock())
+            self._give_up()
+            await self._stop_copies()
+            raise
+        assert self._first_token is not None
+        return self._first_token, self._num_bytes, self._copy_seconds, exposed
+
+    def _open(self) -> None:
+        self._handoff.advance(HandoffState.PULLING, self._clock())
+        self._send(pb.SinkMessage(open=pb.Open(lease_id=self.lease_id, first_block=self._first_block)))
+
+    async def _copy_all(self) -> None:
+        while self._first_token is None or self._pending or self._jobs:
+            self._start_jobs()
+            await self._wait("prefill and transfer")
+            self._collect()
+
+    async def _confirm(self) -> None:
+        """The lease must have held while the bytes were read: only the source knows."""
+        self._handoff.advance(HandoffState.READY, self._clock())
+        self._send(pb.SinkMessage(close=pb.Close(lease_id=self.lease_id, pulled=True)))
+        while self._confirmed is None:
+            await self._wait("the source's confirmation")
+        if not self._confirmed:
+            self._fail(HandoffState.EXPIRED, "the lease ended before everything was read")
+            self._check()
+        self._handoff.advance(HandoffState.ACKED, self._clock())
+
+    async def _wait(self, what: str) -> None:
+        """Until something happened. Raise TransferError when it was a failure, or nothing happened in time."""
+        try:
+            async with asyncio.timeout(self._handoff.remaining(self._clock())):
+                await self._wake.wait()
+        except TimeoutError:
+            self._fail(HandoffState.EXPIRED, f"deadline passed waiting for {what}")
+        self._wake.clear()
+        self._check()
+
+    def _fail(self, state: HandoffState, reason: str) -> None:
+        if self._failure is None:
+            self._failure = (state, reason)
+            self._stop.set()
+            self._wake.set()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            state, reason = self._failure
+            self._handoff.end(state, self._clock())
+            raise TransferError(reason, retryable=True)
+
+    def _start_jobs(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._pending and len(self._jobs) < self._limits.num_jobs:
+            batch: list[Piece] = []
+            num_bytes = 0
+            while self._pending and num_bytes < self._limits.job_bytes:
+                batch.append(self._pending.popleft())
+                num_bytes += self._copier.piece_bytes(batch[-1].layer_group)
+            if not self._jobs:
+                self._busy_since = self._clock()
+            job = loop.run_in_executor(self._pool, self._copier.fetch, batch, self._stop)
+            job.add_done_callback(lambda _: self._wake.set())
+            self._jobs.add(job)
+            self._num_bytes += num_bytes
+
+    def _collect(self) -> None:
+        done = {job for job in self._jobs if job.done()}
+        self._jobs -= done
+        if done and not self._jobs:
+            self._copy_seconds += self._clock() - self._busy_since
+        for job in done:
+            bad, reason = job.result()
+            for piece in bad:
+                self._num_bytes -= self._copier.piece_bytes(piece.layer_group)
+                if piece.num_failures >= self._limits.max_failures:
+                    self._fail(HandoffState.FAILED, f"block {piece.block_index} did not arrive: {reason}")
+                self._pending.append(piece.failed_again())
+        self._check()
+
+    def _give_up(self) -> None:
+        self._stop.set()
+        self._send(pb.SinkMessage(close=pb.Close(lease_id=self.lease_id, pulled=False)))
+
+    async def _stop_copies(self) -> None:
+        """Wait for running copies, even while being cancelled again: the caller frees the blocks right after."""
+        cancelled = False
+        while self._jobs and (pending := {job for job in self._jobs if not job.done()}):
+            try:
+                await asyncio.wait(pending)
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError

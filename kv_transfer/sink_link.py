@@ -1,0 +1,247 @@
+"""One link on the sink's side: the stream to one source worker, shared by every pull from it.
+
+Made and dropped by KvSink, on the asyncio loop. Life: connect (hello, transport) -> alive -> dead, when the source is
+silent for too long, the stream ends, or nothing was pulled for a while. A dead link never comes back: its pulls fail,
+and the next one makes a new link. Copy threads belong to the link, so a source that stalls holds up nobody else.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+
+from engine.errors import TransferError
+from engine.kv.layout import KvLayout
+from kv_transfer.link import CHANNEL_OPTIONS, layout_from_message, layout_to_message, open_link
+from kv_transfer.plan import TransferPlan, plan_transfer
+from kv_transfer.pull import Pull
+from kv_transfer.transports.base import PieceReader, SinkTransport
+from protos import transfer_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+WRITE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    silence_s: float  # without any message: the link is dead
+    idle_s: float  # without any pull: the link is not needed
+    copy_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What a sink says of itself, and how it can read."""
+
+    worker_id: str
+    fingerprint: str
+    layout: KvLayout
+    boot_id: str
+    transports: Sequence[SinkTransport]  # best first
+    token: str
+
+
+class CannotRead(Exception):
+    """The transport that the source chose does not work from here: another one may."""
+
+    def __init__(self, transport: str, error: TransferError) -> None:
+        super().__init__(str(error))
+        self.transport = transport
+        self.error = error
+
+
+class SinkLink:
+    def __init__(self, channel: grpc.aio.Channel, call: grpc.aio.StreamStreamCall, config: LinkConfig) -> None:
+        self._channel = channel
+        self._call = call
+        self._config = config
+        self._outbox: deque[pb.SinkMessage] = deque()
+        self._wake = asyncio.Event()
+        self._pulls: dict[str, Pull] = {}
+        self._conversation: asyncio.Task[None] | None = None
+        self._idle_since = asyncio.get_running_loop().time()
+        self.pool = ThreadPoolExecutor(config.copy_threads, thread_name_prefix="kv-copy")
+        self.alive = False
+        self.epoch = ""
+        self.num_blocks = 0
+        self.plan: TransferPlan
+        self.reader: PieceReader | None = None
+        self._lease_s = 0.0
+
+    @staticmethod
+    async def connect(address: str, greeting: Greeting, config: LinkConfig) -> "SinkLink":
+        """Raise TransferError when refused, CannotRead when only the transport failed. The caller sets the deadline."""
+        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        link = SinkLink(channel, open_link(channel, greeting.token), config)
+        try:
+            await link._greet(greeting)
+        except BaseException as error:
+            await link.close()
+            if isinstance(error, grpc.RpcError):
+                raise TransferError(f"no link to the source: {_code(error)}", retryable=True) from error
+            raise
+        link.alive = True
+        link._conversation = asyncio.create_task(link._converse())
+        return link
+
+    def attach(self, pull: Pull) -> None:
+        assert pull.lease_id not in self._pulls, pull.lease_id
+        self._pulls[pull.lease_id] = pull
+
+    def detach(self, pull: Pull) -> None:
+        """When no copy of the pull runs any more."""
+        del self._pulls[pull.lease_id]
+        self._idle_since = asyncio.get_running_loop().time()
+        self._release_when_unused()
+
+    def pulls(self, lease_id: str) -> bool:
+        return lease_id in self._pulls
+
+    def send(self, message: pb.SinkMessage) -> None:
+        self._outbox.append(message)
+        self._wake.set()
+
+    async def close(self) -> None:
+        self._die("the link was closed")
+        if self._conversation is not None:
+            await asyncio.wait((self._conversation,))
+        else:
+            await self._channel.close()
+
+    async def _converse(self) -> None:
+        tasks = (asyncio.create_task(self._listen()), asyncio.create_task(self._speak()))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._die("the link ended")
+            for task in tasks:
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, Exception):
+                    log.warning("link to source %s: %r", self.epoch, result)
+            await self._channel.close()
+
+    async def _greet(self, greeting: Greeting) -> None:
+        hello = pb.Hello(
+            worker_id=greeting.worker_id,
+            fingerprint=greeting.fingerprint,
+            layout=layout_to_message(greeting.layout),
+            transports=[transport.name for transport in greeting.transports],
+            boot_id=greeting.boot_id,
+        )
+        await self._call.write(pb.SinkMessage(hello=hello))
+        message = await self._call.read()
+        if message is grpc.aio.EOF or message.WhichOneof("kind") != "hello":
+            raise TransferError("the source did not greet", retryable=True)
+        reply = message.hello
+        if reply.refused:
+            raise TransferError(f"the source refused the link: {reply.refused[:500]}", retryable=False)
+        try:
+            source = layout_from_message(reply.layout)
+            self.plan = plan_transfer([source], greeting.layout)
+        except ValueError as error:
+            raise TransferError(f"the source's layout does not fit: {error}", retryable=False) from error
+        if reply.num_blocks < 1 or reply.lease_ms < 1:
+            raise TransferError("the source's greeting is malformed", retryable=True)
+        self.epoch, self.num_blocks, self._lease_s = reply.epoch, reply.num_blocks, reply.lease_ms / 1e3
+        transport = next((each for each in greeting.transports if each.name == reply.transport), None)
+        if transport is None:
+            raise TransferError("the source chose a transport that was not offered", retryable=True)
+        size = reply.num_blocks * source.block_bytes
+        self.reader = await self._open_reader(transport, reply, size)
+
+    async def _open_reader(self, transport: SinkTransport, reply: pb.HelloReply, size: int) -> PieceReader:
+        opening = asyncio.create_task(
+            asyncio.to_thread(transport.connect, reply.transport_address, reply.transport_key, size)
+        )
+        try:
+            return await asyncio.shield(opening)
+        except TransferError as error:
+            raise CannotRead(transport.name, error) from error
+        except asyncio.CancelledError:
+            opening.add_done_callback(_discard)
+            raise
+
+    async def _listen(self) -> None:
+        try:
+            while self.alive:
+                async with asyncio.timeout(self._config.silence_s):
+                    message = await self._call.read()
+                if message is grpc.aio.EOF:
+                    return self._die("the source ended the link")
+                self._hear(message)
+        except TimeoutError:
+            self._die(f"the source was silent for {self._config.silence_s} s")
+        except grpc.RpcError as error:
+            self._die(f"the link to the source broke: {_code(error)}")
+
+    def _hear(self, message: pb.SourceMessage) -> None:
+        match message.WhichOneof("kind"):
+            case "announcement":
+                if (pull := self._pulls.get(message.announcement.lease_id)) is not None:
+                    pull.announced(message.announcement)
+            case "closed":
+                if (pull := self._pulls.get(message.closed.lease_id)) is not None:
+                    pull.closed(message.closed)
+
+    async def _speak(self) -> None:
+        """Messages as they come; the leases of all pulls renewed together, which also tells the source we live."""
+        loop = asyncio.get_running_loop()
+        interval = self._lease_s / 3
+        next_renewal = loop.time() + interval
+        try:
+            while self.alive:
+                while self._outbox:
+                    await self._write(self._outbox.popleft())
+                self._wake.clear()
+                if loop.time() >= next_renewal:
+                    if not self._pulls and loop.time() - self._idle_since > self._config.idle_s:
+                        return
+                    next_renewal = loop.time() + interval
+                    await self._write(pb.SinkMessage(renew=pb.Renew(lease_ids=list(self._pulls))))
+                if not self._outbox:
+                    await self._wait(next_renewal - loop.time())
+        except (TimeoutError, grpc.RpcError, asyncio.InvalidStateError) as error:
+            self._die(f"the source cannot be written to: {type(error).__name__}")
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    async def _write(self, message: pb.SinkMessage) -> None:
+        async with asyncio.timeout(WRITE_S):
+            await self._call.write(message)
+
+    def _die(self, reason: str) -> None:
+        """Idempotent. Pulls hear of it and detach when their copies have stopped."""
+        self.alive = False
+        self._wake.set()
+        self._call.cancel()
+        for pull in list(self._pulls.values()):
+            pull.lost(reason)
+        self._release_when_unused()
+
+    def _release_when_unused(self) -> None:
+        if not self.alive and not self._pulls:
+            self.pool.shutdown(wait=False)
+            if self.reader is not None:
+                self.reader.close()
+                self.reader = None
+
+
+def _discard(opening: "asyncio.Task[PieceReader]") -> None:
+    """A reader that came after its link was given up."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+def _code(error: grpc.RpcError) -> str:
+    return str(error.code().name) if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__

@@ -1,0 +1,180 @@
+"""One link on the source's side: greets the sink, hears what it wants, tells it what is final.
+
+Runs on the asyncio loop; one instance for each gRPC stream. What must be shared with the engine thread lives in
+KvSource behind its lock; this class keeps the stream going. Life: hello -> serving -> ended, when either side ends
+the stream, the sink is silent for a lease's time, or a message cannot be written in time. Leases opened here end
+with it.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from engine.kv.memory import HostMemory
+from kv_transfer.link import checksum
+from kv_transfer.transports.base import LINK_ID_BYTES
+from protos import transfer_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+INLINE_BYTES = 1 << 20  # hashing less than this costs less than handing it to a thread
+HELLO_S = 5.0
+WRITE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Pieces to announce: consecutive blocks of one layer group, by their offsets in the pool. May be none."""
+
+    lease_id: str
+    layer_group: int
+    first_block: int
+    offsets: tuple[int, ...]
+    piece_bytes: int
+    first_token: pb.FirstToken | None  # with the last announcement of the lease
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.offsets) * self.piece_bytes
+
+
+class LinkDesk(Protocol):
+    """What a link asks of its source."""
+
+    def welcome(self, link: "SourceLink", hello: pb.Hello) -> pb.HelloReply | None: ...
+    def open_lease(self, link: "SourceLink", lease_id: str, first_block: int) -> None: ...
+    def renew(self, link: "SourceLink", lease_ids: list[str]) -> None: ...
+    def close_lease(self, link: "SourceLink", lease_id: str, pulled: bool) -> None: ...
+    def next_work(self, link: "SourceLink") -> Work | None: ...
+    def drop_link(self, link: "SourceLink") -> None: ...
+
+
+class SourceLink:
+    def __init__(self, desk: LinkDesk, memory: HostMemory, hasher: Executor, key: bytes, heartbeat_s: float) -> None:
+        self.key = key
+        self.id = key[:LINK_ID_BYTES]
+        self._desk = desk
+        self._memory = memory
+        self._hasher = hasher
+        self._heartbeat_s = heartbeat_s
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._signalled = False  # at most one wake-up is on its way
+        self._outbox: deque[pb.SourceMessage] = deque()
+        self._ended = False
+
+    def signal(self) -> None:
+        """There is something new to say. Any thread, under the source's lock."""
+        if not self._signalled and not self._loop.is_closed():
+            self._signalled = True
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    def post(self, message: pb.SourceMessage) -> None:
+        """Say this before any announcement. Any thread, under the source's lock."""
+        self._outbox.append(message)
+        self.signal()
+
+    def end(self) -> None:
+        """Say what is left to say, then end the stream. On the loop."""
+        self._ended = True
+        self._wake.set()
+
+    async def serve(self, context: grpc.aio.ServicerContext, silence_s: float) -> None:
+        try:
+            async with asyncio.timeout(HELLO_S):
+                first = await context.read()
+            if first is grpc.aio.EOF or first.WhichOneof("kind") != "hello":
+                return
+            reply = self._desk.welcome(self, first.hello)
+            if reply is None:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many links")
+                return
+            await self._write(context, pb.SourceMessage(hello=reply))
+            if reply.refused:
+                return
+            await self._converse(context, silence_s)
+        except (grpc.RpcError, TimeoutError) as error:
+            log.info("link %s lost: %r", self.id.hex()[:8], error)
+        finally:
+            self._ended = True
+            self._desk.drop_link(self)
+
+    async def _converse(self, context: grpc.aio.ServicerContext, silence_s: float) -> None:
+        """Until one side has nothing more to say."""
+        tasks = (
+            asyncio.create_task(self._speak(context)),
+            asyncio.create_task(self._listen(context, silence_s)),
+        )
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _listen(self, context: grpc.aio.ServicerContext, silence_s: float) -> None:
+        while not self._ended:
+            async with asyncio.timeout(silence_s):
+                message = await context.read()
+            if message is grpc.aio.EOF:
+                return
+            match message.WhichOneof("kind"):
+                case "open":
+                    self._desk.open_lease(self, message.open.lease_id, message.open.first_block)
+                case "renew":
+                    self._desk.renew(self, list(message.renew.lease_ids))
+                case "close":
+                    self._desk.close_lease(self, message.close.lease_id, message.close.pulled)
+                case _:
+                    return  # not our protocol
+
+    async def _speak(self, context: grpc.aio.ServicerContext) -> None:
+        while True:
+            self._wake.clear()
+            self._signalled = False
+            while (message := await self._next_message()) is not None:
+                await self._write(context, message)
+            if self._ended:
+                return
+            try:
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                await self._write(context, pb.SourceMessage(heartbeat=pb.Heartbeat()))
+
+    async def _next_message(self) -> pb.SourceMessage | None:
+        if self._outbox:
+            return self._outbox.popleft()
+        work = None if self._ended else self._desk.next_work(self)
+        return await self._announce(work) if work is not None else None
+
+    async def _announce(self, work: Work) -> pb.SourceMessage:
+        """Hash what is final. If the lease ends meanwhile the sums are worthless, and the sink is told by `Closed`."""
+        if work.num_bytes < INLINE_BYTES:
+            sums = _checksums(self._memory, work)
+        else:
+            sums = await self._loop.run_in_executor(self._hasher, _checksums, self._memory, work)
+        return pb.SourceMessage(
+            announcement=pb.Announcement(
+                lease_id=work.lease_id,
+                layer_group=work.layer_group,
+                first_block=work.first_block,
+                checksums=sums,
+                first_token=work.first_token,
+            )
+        )
+
+    async def _write(self, context: grpc.aio.ServicerContext, message: pb.SourceMessage) -> None:
+        async with asyncio.timeout(WRITE_S):
+            await context.write(message)
+
+
+def _checksums(memory: HostMemory, work: Work) -> list[int]:
+    return [checksum(memory.buffer[offset : offset + work.piece_bytes]) for offset in work.offsets]

@@ -1,0 +1,121 @@
+"""Runs the choices of one completion request and answers with what they produce, as events or in one body.
+
+Shared by both completion APIs, which differ in their `Format`. Nothing is sent before the first piece, so a failure
+until then is an HTTP status; after it, an error event and a connection that ends without `[DONE]`.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from router.choices import Choice, Piece, pieces
+from router.exchange import Exchange
+from router.generation import DeadlineExceeded, Generator
+from router.metrics import Metrics
+from router.responses import DONE, Envelope, Format, timeline_body, usage
+
+GRACE_S = 5.0  # the generator keeps the deadline itself; this bounds it when it does not, and slow clients
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a completion request came to. `num_hidden` generated tokens are neither shown nor counted."""
+
+    choices: Sequence[Choice]
+    format: Format
+    envelope: Envelope
+    stream: bool
+    received: float
+    deadline: float
+    num_hidden: int = 0
+
+
+class Answerer:
+    def __init__(self, generator: Generator, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._generator = generator
+        self._metrics = metrics
+        self._clock = clock
+
+    async def answer(self, exchange: Exchange, job: Job) -> None:
+        """Raises what the generator raises, and ClientGone. Every generation is closed on return."""
+        with exchange.cancel_on_disconnect():
+            try:
+                async with asyncio.timeout(max(0.0, job.deadline - self._clock()) + GRACE_S):
+                    await (self._events(exchange, job) if job.stream else self._body(exchange, job))
+            except TimeoutError:
+                raise DeadlineExceeded from None
+
+    async def _events(self, exchange: Exchange, job: Job) -> None:
+        envelope, started = job.envelope, False
+        tail = b',"usage":null' if envelope.include_usage else b""
+        with _Watch(self._metrics, self._clock, job) as watch:
+            async with aclosing(pieces(self._generator, job.choices, job.deadline)) as parts:  # type: ignore[type-var]
+                async for piece in parts:
+                    watch.observe(piece)
+                    if envelope.continuous_usage:
+                        tail = b',"usage":' + msgspec.json.encode(usage(job.choices, job.num_hidden))
+                    events = job.format.event(piece, tail)
+                    if not started:
+                        await exchange.start_events()
+                        started = True
+                    if events:
+                        await exchange.send_events(events)
+        extra = self._extra(job, with_usage=envelope.include_usage)
+        last = job.format.last_event(b"," + msgspec.json.encode(extra)[1:-1]) if extra else b""
+        await exchange.end_events(last + DONE)
+
+    async def _body(self, exchange: Exchange, job: Job) -> None:
+        collected: list[list[Piece]] = [[] for _ in job.choices]
+        with _Watch(self._metrics, self._clock, job) as watch:
+            async with aclosing(pieces(self._generator, job.choices, job.deadline)) as parts:  # type: ignore[type-var]
+                async for piece in parts:
+                    watch.observe(piece)
+                    collected[piece.choice.index].append(piece)
+        together = list(zip(job.choices, collected, strict=True))
+        await exchange.respond(200, job.format.body(together, self._extra(job, with_usage=True)))
+
+    def _extra(self, job: Job, *, with_usage: bool) -> dict[str, Any]:
+        extra: dict[str, Any] = {"usage": usage(job.choices, job.num_hidden)} if with_usage else {}
+        stream = job.choices[0].stream
+        if job.envelope.timeline and stream is not None:
+            extra["timeline"] = timeline_body(stream.timeline)
+        return extra
+
+
+class _Watch:
+    """Keeps a job's metrics: one waiting or running request while entered, and what its pieces show."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._job = job
+        self._running = False
+        self._last = [job.received] * len(job.choices)
+
+    def __enter__(self) -> "_Watch":
+        self._metrics.num_waiting += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._metrics.num_running -= 1
+        else:
+            self._metrics.num_waiting -= 1
+
+    def observe(self, piece: Piece) -> None:
+        now, choice = self._clock(), piece.choice
+        if not self._running:
+            self._running = True
+            self._metrics.num_waiting -= 1
+            self._metrics.num_running += 1
+            self._metrics.first_token.observe(now - self._job.received)
+        elif not piece.first:
+            self._metrics.inter_token.observe(now - self._last[choice.index])
+        self._last[choice.index] = now
+        if piece.finish_reason is not None and choice.stream is not None:
+            num_prompt = choice.request.num_prompt_tokens
+            self._metrics.finish(choice.stream.timeline, num_prompt, choice.text.num_tokens, piece.finish_reason, now)

@@ -1,0 +1,189 @@
+"""One try of one request on one pair of workers, from the routing decision to its last token.
+
+    reserve decode, submit to prefill -> offer -> submit to decode -> first token -> handoff done -> tokens -> finished
+
+Without a prefill worker it begins with the submit to decode. Driven by what the two sessions deliver, on the loop;
+it holds no task and no timer. It ends once, by exactly one call to its owner or by `abort`, and by then every worker
+has finished, failed or been told to cancel: an attempt that is over hears nothing and leaves nothing behind.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.errors import InvalidRequest
+from engine.wire import finish_from_pb, logprobs_from_pb
+from protos import worker_pb2 as pb
+from router.generation import Timeline
+from router.session import Sink, WorkerSession
+from router.stream import TokenStream
+
+
+class AttemptOwner(Protocol):
+    def attempt_finished(self) -> None:
+        """The stream holds the last token."""
+        ...
+
+    def attempt_failed(self, suspects: frozenset[str], reason: str) -> None:
+        """Another attempt may succeed, better without the workers `suspects`."""
+        ...
+
+    def attempt_refused(self, error: InvalidRequest) -> None: ...
+
+
+class _Leg:
+    """The attempt's part on one worker."""
+
+    __slots__ = ("handle", "session", "worker_id")
+
+    def __init__(self, session: WorkerSession) -> None:
+        self.session = session
+        self.worker_id = session.member.worker_id
+        self.handle = 0
+
+    def open(self, sink: Sink, tokens: int, blocks: int) -> None:
+        self.handle = self.session.open(sink, tokens, blocks)
+
+    def close(self, *, cancel: bool) -> None:
+        self.session.close(self.handle, cancel=cancel)
+
+
+class Attempt:
+    """`submit` is what every worker gets, but for handle, timeout and offer; its token_ids are the prompt and every
+    token of `stream`. `timeout_ms` is asked when a worker gets it."""
+
+    def __init__(
+        self,
+        submit: pb.Submit,
+        stream: TokenStream,
+        owner: AttemptOwner,
+        *,
+        prefill: WorkerSession | None,
+        decode: WorkerSession,
+        timeout_ms: Callable[[], int],
+    ) -> None:
+        self._template = submit
+        self._stream = stream
+        self._owner = owner
+        self._timeout_ms = timeout_ms
+        self._prefill = _Leg(prefill) if prefill is not None else None
+        self._decode = _Leg(decode)
+        self._first_index = len(stream.token_ids)
+        self._needs_decode = stream.num_left > 1  # the prefill worker samples one token
+        self._wants_logprobs = submit.params.HasField("logprobs")
+        self._wants_prompt_logprobs = submit.params.HasField("prompt_logprobs")
+        self._handoff_done = False
+        self._over = False
+
+    def start(self, *, prefill_tokens: int, decode_blocks: int) -> None:
+        """Both sessions are attached. `prefill_tokens` are to be computed by whoever prefills."""
+        local = self._prefill is None
+        sink = Sink(self._decode_output, self._decode_lost)
+        self._decode.open(sink, prefill_tokens if local else 0, decode_blocks)
+        if self._prefill is None:
+            self._submit(self._decode, b"")
+        else:
+            self._prefill.open(Sink(self._prefill_output, self._prefill_lost), prefill_tokens, 0)
+            self._submit(self._prefill, b"")
+
+    def abort(self) -> None:
+        """Cancel on every worker. Idempotent."""
+        self._over = True
+        self._stream.discard_early()
+        self._decode.close(cancel=True)
+        if self._prefill is not None:
+            self._prefill.close(cancel=True)
+
+    def _submit(self, leg: _Leg, offer: bytes) -> None:
+        leg.session.submit(leg.handle, self._template, self._timeout_ms(), offer)
+
+    def _prefill_output(self, output: pb.Output) -> None:
+        assert self._prefill is not None
+        if output.HasField("error"):
+            self._failed(self._prefill, output.error)
+            return
+        if output.HasField("timing"):
+            self._note_timing(output.timing, prefilled=True)
+        if self._tokens(self._prefill, output):
+            return
+        if output.offer and self._needs_decode:
+            self._submit(self._decode, output.offer)
+        if self._handoff_done:
+            self._release_prefill()
+
+    def _decode_output(self, output: pb.Output) -> None:
+        if output.HasField("error"):
+            self._failed(self._decode, output.error)
+            return
+        if output.HasField("timing"):
+            self._note_timing(output.timing, prefilled=self._prefill is None)
+        if output.handoff_done:
+            self._handoff_done = True
+        if not self._tokens(self._decode, output) and self._handoff_done:
+            self._release_prefill()
+
+    def _tokens(self, leg: _Leg, output: pb.Output) -> bool:
+        """Pass tokens on; True when they ended the attempt."""
+        if self._wants_prompt_logprobs and output.prompt_logprobs:
+            self._stream.prompt_logprobs = [logprobs_from_pb(each) for each in output.prompt_logprobs]
+        reason = finish_from_pb(output.finish_reason) if output.finish_reason else None
+        token_ids = list(output.token_ids)
+        if not token_ids and reason is None:
+            return False
+        logprobs = [logprobs_from_pb(each) for each in output.logprobs] if self._wants_logprobs else []
+        if not self._stream.accept(output.index, token_ids, logprobs, reason):
+            return False
+        if reason is not None:
+            leg.close(cancel=False)  # it has finished there
+        self.abort()
+        self._owner.attempt_finished()
+        return True
+
+    def _release_prefill(self) -> None:
+        """The first token is here and decode has the KV: the prefill worker may go."""
+        if self._prefill is not None and len(self._stream.token_ids) > self._first_index:
+            self._prefill.close(cancel=False)
+            self._prefill = None
+
+    def _failed(self, leg: _Leg, error: pb.Error) -> None:
+        leg.close(cancel=False)  # it has ended there
+        if error.retryable:
+            self._end(self._suspects(leg), f"{leg.worker_id}: {error.message}")
+        elif not self._over:
+            self.abort()
+            self._owner.attempt_refused(InvalidRequest(error.message, param=error.param or None))
+
+    def _suspects(self, leg: _Leg) -> frozenset[str]:
+        """Before the handoff is done, a failure on the decode side may be the prefill side's fault."""
+        if leg is self._decode and self._prefill is not None and not self._handoff_done:
+            return frozenset((leg.worker_id, self._prefill.worker_id))
+        return frozenset((leg.worker_id,))
+
+    def _prefill_lost(self) -> None:
+        if self._prefill is not None:
+            self._end(frozenset((self._prefill.worker_id,)), f"{self._prefill.worker_id}: lost")
+
+    def _decode_lost(self) -> None:
+        self._end(frozenset((self._decode.worker_id,)), f"{self._decode.worker_id}: lost")
+
+    def _end(self, suspects: frozenset[str], reason: str) -> None:
+        if not self._over:
+            self.abort()
+            self._owner.attempt_failed(suspects, reason)
+
+    def _note_timing(self, timing: pb.Timing, *, prefilled: bool) -> None:
+        """`prefilled`: by this worker. Of a retried request, the prompt's cache hit stays the first attempt's."""
+        timeline = self._stream.timeline
+        if prefilled:
+            if timing.HasField("cached_tokens") and self._first_index == 0:
+                timeline.cached_tokens = timing.cached_tokens
+            _set_seconds(timeline, timing, ("queued", "prefill"))
+        _set_seconds(timeline, timing, ("decode", "transfer", "exposed"))
+        for name in ("transfer_blocks", "transfer_bytes", "transport"):
+            if timing.HasField(name):
+                setattr(timeline, name, getattr(timing, name))
+
+
+def _set_seconds(timeline: Timeline, timing: pb.Timing, names: tuple[str, ...]) -> None:
+    for name in names:
+        if timing.HasField(f"{name}_us"):
+            setattr(timeline, f"{name}_s", getattr(timing, f"{name}_us") / 1e6)

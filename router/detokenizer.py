@@ -1,0 +1,277 @@
+"""From token ids to text, piece by piece: incremental decoding, and stop strings found in the decoded text.
+
+Used by the HTTP handlers and by the Python API; knows nothing of HTTP. Invariants: what a decoder returned in all,
+`finish` included, is what decoding prompt and output in one go adds to the decoded prompt; text once returned is
+never taken back; each token costs constant time. Two kinds of tokenizers are decoded, as their tokenizer.json says:
+byte-level BPE, and SentencePiece-like with byte fallback.
+"""
+
+import codecs
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.request import FinishReason, SamplingParams
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderRules:
+    """How token strings become text. `space_marker` None: the byte-level alphabet."""
+
+    space_marker: str | None = None
+    byte_fallback: bool = False
+    num_stripped: int = 0  # spaces dropped from the beginning of a text
+
+
+class Decoder(Protocol):
+    """Turns one sequence of token ids into text."""
+
+    def push(self, token_ids: Iterable[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class Detokenizer(Protocol):
+    """What TextStream needs of a tokenizer."""
+
+    def decoder(self, *, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> Decoder:
+        """A fresh decoder of what follows `prompt`."""
+        ...
+
+
+def parse_rules(decoder: Mapping[str, Any] | None) -> DecoderRules:
+    """Read the `decoder` entry of a tokenizer.json. Raises ValueError for a kind that is not supported."""
+    steps = [decoder] if decoder and decoder["type"] != "Sequence" else (decoder or {}).get("decoders", [])
+    kinds = [step["type"] for step in steps]
+    if kinds and kinds[0] == "ByteLevel" and set(kinds[1:]) <= {"Fuse"}:
+        return DecoderRules()
+    replace = next((step for step in steps if step["type"] == "Replace"), None)
+    strip = next((step for step in steps if step["type"] == "Strip"), None)
+    in_order = [kind for kind in ("Replace", "ByteFallback", "Fuse", "Strip") if kind in kinds] == kinds
+    if not in_order or replace is None or replace["content"] != " " or "String" not in replace["pattern"]:
+        raise ValueError(f"the tokenizer's decoder ({', '.join(kinds) or 'none'}) is not supported")
+    if strip is not None and (strip["content"] != " " or strip["stop"] or "Fuse" not in kinds):
+        raise ValueError("the tokenizer's decoder strips in a way that is not supported")
+    return DecoderRules(replace["pattern"]["String"], "ByteFallback" in kinds, strip["start"] if strip else 0)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level BPE (GPT-2's table), inverted."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class ByteLevelPieces(dict[int, bytes]):
+    """Token id -> its bytes, filled on first use. Ids that show nothing map to no bytes."""
+
+    def __init__(self, token_string: Callable[[int], str | None]) -> None:
+        super().__init__()
+        self._token_string = token_string
+        self._alphabet = byte_alphabet()
+
+    def __missing__(self, token_id: int) -> bytes:
+        string = self._token_string(token_id) or ""
+        try:
+            piece = bytes([self._alphabet[character] for character in string])
+        except KeyError:  # an added token is not written in the alphabet
+            piece = string.encode()
+        self[token_id] = piece
+        return piece
+
+
+class SentencePieces(dict[int, str | int]):
+    """Token id -> its text, or the byte that it stands for; filled on first use."""
+
+    def __init__(self, token_string: Callable[[int], str | None], rules: DecoderRules) -> None:
+        super().__init__()
+        self._token_string = token_string
+        self._rules = rules
+
+    def __missing__(self, token_id: int) -> str | int:
+        string = self._token_string(token_id) or ""
+        byte = _BYTE_TOKEN.fullmatch(string) if self._rules.byte_fallback else None
+        marker = self._rules.space_marker
+        assert marker is not None, self._rules
+        piece = int(byte[1], 16) if byte else string.replace(marker, " ")
+        self[token_id] = piece
+        return piece
+
+
+class ByteLevelDecoder:
+    """Joins bytes, and holds back those of a character that is not whole yet."""
+
+    def __init__(self, pieces: ByteLevelPieces) -> None:
+        self._pieces = pieces
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        pieces = self._pieces
+        return self._utf8.decode(b"".join([pieces[token_id] for token_id in token_ids]))
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class SentencePieceDecoder:
+    """Joins text; a run of byte tokens is held back until it ends.
+
+    A run that is not UTF-8 becomes one U+FFFD for each byte, so nothing of it is known before its end.
+    """
+
+    def __init__(self, pieces: SentencePieces, num_stripped: int) -> None:
+        self._pieces = pieces
+        self._run = bytearray()
+        self._num_stripped = num_stripped  # leading spaces still to drop
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        texts = []
+        for token_id in token_ids:
+            piece = self._pieces[token_id]
+            if isinstance(piece, int):
+                self._run.append(piece)
+            elif piece:
+                if self._run:
+                    texts.append(self._end_run())
+                texts.append(piece)
+        return self._strip("".join(texts))
+
+    def finish(self) -> str:
+        return self._strip(self._end_run())
+
+    def _end_run(self) -> str:
+        run = bytes(self._run)
+        self._run.clear()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _strip(self, text: str) -> str:
+        while self._num_stripped and text:
+            if text[0] != " ":
+                self._num_stripped = 0
+                break
+            text = text[1:]
+            self._num_stripped -= 1
+        return text
+
+
+class StopMatcher:
+    """Finds the first of several strings in a text that comes in parts (Aho and Corasick, 1975).
+
+    The match that ends first wins; of those that end together the longest. Text is held back exactly as long as it
+    may be the beginning of a match, so where the text was cut into parts makes no difference.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool) -> None:
+        self._include = include
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]
+        self._fail = [0]
+        self._length = [0]  # of the longest stop string that ends in this state
+        self._state = 0
+        self._held = ""
+        for stop in stops:
+            self._length[self._insert(stop)] = len(stop)
+        self._link()
+
+    def feed(self, text: str, *, heed: bool) -> tuple[str, bool]:
+        """The text that is free to go, and whether it ends at a match. Without `heed` matches are passed over."""
+        held, buffer, state = len(self._held), self._held + text, self._state
+        for place, character in enumerate(text, start=held + 1):
+            while state and character not in self._next[state]:
+                state = self._fail[state]
+            state = self._next[state].get(character, 0)
+            if length := self._length[state]:
+                if heed:
+                    return buffer[: place if self._include else place - length], True
+                while state and not self._next[state]:  # a passed-over match that begins nothing longer is not held
+                    state = self._fail[state]
+        self._state = state
+        free = len(buffer) - self._depth[state]
+        self._held = buffer[free:]
+        return buffer[:free], False
+
+    def finish(self) -> str:
+        """What was held back for a match that will not come."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+    def _insert(self, stop: str) -> int:
+        state = 0
+        for character in stop:
+            if character not in self._next[state]:
+                self._next[state][character] = len(self._next)
+                self._next.append({})
+                self._depth.append(self._depth[state] + 1)
+                self._fail.append(0)
+                self._length.append(0)
+            state = self._next[state][character]
+        return state
+
+    def _link(self) -> None:
+        queue = [(state, 0) for state in self._next[0].values()]
+        for state, fail in queue:  # grows while read: breadth first
+            self._fail[state] = fail
+            self._length[state] = self._length[state] or self._length[fail]
+            for character, child in self._next[state].items():
+                suffix = fail
+                while suffix and character not in self._next[suffix]:
+                    suffix = self._fail[suffix]
+                queue.append((child, self._next[suffix].get(character, 0)))
+
+
+class TextStream:
+    """The text of one choice. Push tokens until `stopped` or the last; `num_tokens` counts those that were used.
+
+    `prompt` is what the output continues; without it the output is decoded as a text of its own.
+    """
+
+    def __init__(self, tokenizer: Detokenizer, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
+        self.stopped = False  # a stop string was found
+        self.num_tokens = 0
+        self._decoder = tokenizer.decoder(skip_special_tokens=params.skip_special_tokens, prompt=prompt)
+        self._min_tokens = params.min_tokens
+        self._include = params.include_stop_str_in_output
+        self._matcher = StopMatcher(params.stop, include=self._include) if params.stop else None
+
+    def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None = None) -> str:
+        """The text that these tokens set free. With a finish reason they are the last, and `finish` is included.
+
+        The token that made the engine stop is counted but not shown, unless stop strings are shown too. After a
+        stop string was found, the rest is ignored.
+        """
+        if finish_reason is FinishReason.STOP and not self._include and token_ids:
+            text = self._push(token_ids[:-1])
+            self.num_tokens += not self.stopped
+        else:
+            text = self._push(token_ids)
+        return text if finish_reason is None else text + self.finish()
+
+    def finish(self) -> str:
+        """What was held back. May find a stop string at the very end."""
+        if self.stopped:
+            return ""
+        text = self._decoder.finish()
+        if self._matcher is None:
+            return text
+        free, self.stopped = self._matcher.feed(text, heed=self.num_tokens > self._min_tokens)
+        return free if self.stopped else free + self._matcher.finish()
+
+    def _push(self, token_ids: Sequence[int]) -> str:
+        if self._matcher is None:
+            self.num_tokens += len(token_ids)
+            return self._decoder.push(token_ids)
+        texts = []
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            heed = self.num_tokens > self._min_tokens
+            text, self.stopped = self._matcher.feed(self._decoder.push((token_id,)), heed=heed)
+            texts.append(text)
+        return "".join(texts)

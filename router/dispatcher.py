@@ -1,0 +1,353 @@
+"""The router's middle: members become sessions, requests become flights, and decisions bring them together.
+
+Owns the sessions, the prefix index, the queue and the flights; the HTTP front calls `start`. Everything here runs on
+one asyncio loop and, apart from `run` and `close`, nothing waits: sessions call in with what workers say, flights
+call in when they need a worker or are over.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.kv.block_hash import chain_seed
+from engine.request import Request
+from protos import worker_pb2 as pb
+from router.admission import Admission, AdmissionConfig
+from router.cluster_view import DECODE, PREFILL, ClusterView, WorkerView
+from router.flight import Flight, RetryConfig
+from router.generation import GenerationFailed, Overloaded
+from router.membership import Joined, Left, Membership
+from router.policies import RoutingDecision, RoutingPolicy
+from router.prefix_index import PrefixIndex
+from router.session import SessionConfig, WorkerSession
+from router.stream import TokenStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherConfig:
+    session: SessionConfig = field(default_factory=SessionConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    no_worker_wait_s: float = 10.0  # how long a request waits while no decode worker is there at all
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    requests: int = 0
+    refused: int = 0
+    attempts: int = 0
+    sessions_lost: int = 0
+    predicted_hit_tokens: int = 0
+    actual_hit_tokens: int = 0  # with the line above: how true the index is
+
+
+class Dispatcher:
+    """Implements router.generation.Generator. `clock` is monotonic seconds, as are all deadlines."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        policy: RoutingPolicy,
+        config: DispatcherConfig,
+        *,
+        model: str,
+        token: str,
+        secret: str,
+        router_id: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.counters = Counters()
+        self._membership = membership
+        self._policy = policy
+        self._config = config
+        self._model = model
+        self._token = token
+        self._secret = secret
+        self._router_id = router_id
+        self._clock = clock
+        self._index = PrefixIndex()
+        self._admission: Admission[Flight] = Admission(config.admission, clock)
+        self._flights: set[Flight] = set()
+        self._sessions: dict[str, WorkerSession] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # the latest session's, by worker id
+        self._turn = 0
+        self._absent_since = clock()  # of decode workers; meaningful while not ready
+        self._absence_timer: asyncio.TimerHandle | None = None
+        self._runner: asyncio.Task[Any] | None = None
+        self._closed = False
+
+    async def run(self) -> None:
+        """Follow the membership and keep a session to every member, until closed or cancelled."""
+        self._runner = asyncio.current_task()
+        try:
+            async with asyncio.TaskGroup() as sessions:
+                async for change in self._membership.watch():
+                    if isinstance(change, Joined):
+                        self._join(change, sessions)
+                    else:
+                        self._leave(change)
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+        finally:
+            self._closed = True
+            self._cancel_absence_timer()
+            for flight in list(self._flights):
+                flight.give_up(GenerationFailed("the router is shutting down"))
+
+    async def close(self) -> None:
+        """End every request and session, and `run`. Idempotent."""
+        self._closed = True
+        if self._runner is not None and not self._runner.done():
+            self._runner.cancel()
+            await asyncio.wait({self._runner})
+
+    @property
+    def ready(self) -> bool:
+        """One decode worker is enough: it can prefill too."""
+        return any(session.usable and session.member.role == DECODE for session in self._sessions.values())
+
+    def start(self, request: Request, deadline: float) -> TokenStream:
+        """See Generator.start. The stream must be iterated to its end or closed."""
+        if self._closed:
+            raise Overloaded("the router is shutting down", retry_after=1.0, unavailable=True)
+        self.counters.requests += 1
+        seed = chain_seed(self._secret, self._model, request.adapter, request.cache_salt)
+        flight = Flight(request, deadline, self, self._config.retry, chain_seed=seed, clock=self._clock)
+        self._flights.add(flight)
+        self._admission.add(flight, request.priority)
+        self._pump()
+        try:
+            self._admission.refuse_excess(flight)
+        except Overloaded:
+            self.counters.refused += 1
+            flight.close()
+            raise
+        self._watch_absence()
+        return flight.stream
+
+    def status(self) -> dict[str, Any]:
+        """What the operator sees: JSON values only."""
+        return {
+            "ready": self.ready,
+            "workers": [self._worker_status(session) for session in self._sessions.values()],
+            "index": {
+                "blocks": self._index.num_hashes,
+                "predicted_hit_tokens": self.counters.predicted_hit_tokens,
+                "actual_hit_tokens": self.counters.actual_hit_tokens,
+            },
+            "queue": {"waiting": self._admission.num_waiting, "running": self._admission.num_running},
+            "counters": {
+                "requests": self.counters.requests,
+                "refused": self.counters.refused,
+                "attempts": self.counters.attempts,
+                "sessions_lost": self.counters.sessions_lost,
+            },
+        }
+
+    def session_attached(self, session: WorkerSession, snapshot: pb.KvSnapshot) -> None:
+        assert session.state is not None
+        worker_id, described = session.member.worker_id, session.state.description
+        self._index.replace(worker_id, list(snapshot.hashes))
+        log.info("attached %s worker %s with %d cached blocks", described.role, worker_id, len(snapshot.hashes))
+        for other in self._sessions.values():
+            if (
+                other.state is not None
+                and other.member.role != described.role
+                and other.state.description.fingerprint != described.fingerprint
+            ):
+                log.warning(
+                    "workers %s and %s are never paired: their fingerprints are %s and %s",
+                    worker_id,
+                    other.member.worker_id,
+                    described.fingerprint,
+                    other.state.description.fingerprint,
+                )
+
+    def session_events(self, session: WorkerSession, frame: pb.Frame) -> None:
+        worker_id, apply = session.member.worker_id, self._index.apply
+        for event in frame.kv_events:
+            apply(worker_id, list(event.stored), list(event.removed), event.cleared)
+
+    def session_reported(self, session: WorkerSession) -> None:
+        if self._admission.num_waiting and session.member.role == DECODE:
+            self._pump()
+            self._watch_absence()
+
+    def session_lost(self, session: WorkerSession, reason: str) -> None:
+        if self._sessions.get(session.member.worker_id) is session:  # else a successor's blocks may be indexed already
+            self._index.remove(session.member.worker_id)
+        if self._closed or session.retired:
+            return
+        self.counters.sessions_lost += 1
+        log.warning("lost worker %s: %s", session.member.worker_id, reason)
+        self._watch_absence()
+
+    def flight_waits(self, flight: Flight) -> None:
+        self._admission.put_back(flight)
+        self._pump()
+        self._watch_absence()
+
+    def flight_over(self, flight: Flight) -> None:
+        self._flights.discard(flight)
+        self._admission.release(flight)
+        timeline, decisions = flight.stream.timeline, flight.stream.decisions
+        if len(decisions) == 1 and flight.stream.token_ids:
+            self.counters.predicted_hit_tokens += decisions[0].hit_tokens
+            self.counters.actual_hit_tokens += timeline.cached_tokens
+        if self._admission.num_waiting and not self._closed:
+            self._pump()
+
+    def _join(self, member: Joined, sessions: asyncio.TaskGroup) -> None:
+        known = self._sessions.get(member.worker_id)
+        if known is not None and known.member == member:
+            known.revive()
+            return
+        if known is not None:  # another life of the worker: what the old one ran is lost
+            self._tasks[member.worker_id].cancel()
+        session = WorkerSession(
+            member,
+            self,
+            self._config.session,
+            model=self._model,
+            token=self._token,
+            router_id=self._router_id,
+            clock=self._clock,
+        )
+        self._sessions[member.worker_id] = session
+        task = sessions.create_task(self._serve(session), name=f"session {member.worker_id}")
+        self._tasks[member.worker_id] = task
+
+    def _leave(self, change: Left) -> None:
+        session = self._sessions.get(change.worker_id)
+        if session is not None:
+            session.retire()
+            self._watch_absence()
+
+    async def _serve(self, session: WorkerSession) -> None:
+        worker_id = session.member.worker_id
+        try:
+            await session.run()
+        finally:
+            if self._sessions.get(worker_id) is session:
+                del self._sessions[worker_id], self._tasks[worker_id]
+                self._index.remove(worker_id)
+            log.info("forgot worker %s at %s", worker_id, session.member.address)
+
+    def _pump(self) -> None:
+        """Dispatch waiting requests, first come first, until one finds no room."""
+        while not self._closed and (flight := self._admission.head()) is not None:
+            view = self._view()
+            if not view.decode or not self._dispatch(flight, view):
+                return
+
+    def _dispatch(self, flight: Flight, view: ClusterView) -> bool:
+        facts = flight.facts(self._turn)
+        matches = self._matches(flight, view) if self._policy.uses_matches and flight.reusable else {}
+        decision = self._policy.choose(facts, matches, view)
+        if decision is None:
+            return False
+        self._turn += 1
+        self.counters.attempts += 1
+        self._admission.take()
+        prefill, decode = self._workers(decision)
+        decode_view = next(worker for worker in view.decode if worker.id == decision.decode)
+        matched_blocks = matches.get(decision.decode, 0) // decode_view.block_size
+        flight.launch(
+            decision,
+            prefill,
+            decode,
+            prefill_tokens=facts.num_uncached(decision.hit_tokens),
+            decode_blocks=max(0, facts.num_blocks_on(decode_view) - matched_blocks),
+        )
+        return True
+
+    def _workers(self, decision: RoutingDecision) -> tuple[WorkerSession | None, WorkerSession]:
+        prefill = self._sessions[decision.prefill] if decision.prefill is not None else None
+        return prefill, self._sessions[decision.decode]
+
+    def _matches(self, flight: Flight, view: ClusterView) -> dict[str, int]:
+        """Tokens of the request each worker is believed to hold. Workers with other block sizes hash otherwise."""
+        matches: dict[str, int] = {}
+        for block_size in {worker.block_size for worker in (*view.prefill, *view.decode)}:
+            for worker_id, num_blocks in self._index.match(flight.hashes(block_size)):
+                matches[worker_id] = num_blocks * block_size
+        return matches
+
+    def _view(self) -> ClusterView:
+        prefill: list[WorkerView] = []
+        decode: list[WorkerView] = []
+        for session in self._sessions.values():
+            if session.usable and session.state is not None:
+                (prefill if session.member.role == PREFILL else decode).append(session.state.view())
+        return ClusterView(tuple(prefill), tuple(decode))
+
+    def _watch_absence(self) -> None:
+        """While there is no decode worker, waiting requests have a time after which they are told so."""
+        if self.ready or self._closed:
+            self._cancel_absence_timer()
+        elif self._absence_timer is None and self._admission.num_waiting:
+            self._absent_since = self._clock()
+            self._arm_absence_timer(self._config.no_worker_wait_s)
+
+    def _arm_absence_timer(self, delay: float) -> None:
+        self._absence_timer = asyncio.get_running_loop().call_later(delay, self._give_up_waiting)
+
+    def _cancel_absence_timer(self) -> None:
+        if self._absence_timer is not None:
+            self._absence_timer.cancel()
+            self._absence_timer = None
+
+    def _give_up_waiting(self) -> None:
+        self._absence_timer = None
+        wait_s, now = self._config.no_worker_wait_s, self._clock()
+        if self.ready:
+            return
+        deadlines = {
+            flight: max(flight.waiting_since, self._absent_since) + wait_s for flight in self._admission.waiting()
+        }
+        for flight, deadline in deadlines.items():
+            if deadline <= now:
+                flight.give_up(_unavailable(flight))
+        left = [deadline - now for deadline in deadlines.values() if deadline > now]
+        if left:
+            self._arm_absence_timer(min(left))
+
+    def _worker_status(self, session: WorkerSession) -> dict[str, Any]:
+        member, state = session.member, session.state
+        known: dict[str, Any] = {
+            "id": member.worker_id,
+            "role": member.role,
+            "address": member.address,
+            "attached": state is not None,
+            "usable": session.usable,
+            "requests": session.num_open,
+        }
+        if state is not None:
+            load, described = state.load, state.description
+            known |= {
+                "fingerprint": described.fingerprint,
+                "block_size": described.block_size,
+                "num_blocks": described.num_blocks,
+                "num_free_blocks": load.num_free_blocks,
+                "num_running": load.num_running,
+                "num_waiting": load.num_waiting,
+                "num_waiting_tokens": load.num_waiting_tokens,
+                "num_handoffs": load.num_handoffs,
+                "draining": load.draining,
+                "indexed_blocks": self._index.num_blocks(member.worker_id),
+                "index_lag_s": round(self._clock() - session.last_frame_at, 3),
+            }
+        return known
+
+
+def _unavailable(flight: Flight) -> Exception:
+    if flight.has_tokens:
+        return GenerationFailed("no decode worker is available")
+    return Overloaded("no decode worker is available", retry_after=5.0, unavailable=True)

@@ -1,0 +1,134 @@
+"""One HTTP request and its response over raw ASGI: headers, the body with its limits, whole answers and event streams.
+
+Made by `router.http` for every request and handed to the handlers. Every response carries the request id. Waiting for
+the client is bounded: a body has a size limit and a deadline; stalled readers are the server's (`router.server`).
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from router.errors import ApiError, ClientGone
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+JSON = b"application/json"
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+LINGER_S = 2.0  # how long what is left of a refused body is read, so that the client gets to see the answer
+
+
+class Exchange:
+    """`status` is None until a response has started; 499 when the client left before."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, new_id: Callable[[], str]) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.status: int | None = None
+        self._receive = receive
+        self._send = send
+        self._body_read = False
+        sent = self.headers.get(b"x-request-id", b"")
+        self.request_id = sent.decode() if REQUEST_ID.fullmatch(sent) else new_id()
+
+    async def read_json(self, max_bytes: int, timeout: float) -> bytes:
+        """The whole body. Raises ApiError 408, 413 or 415, or ClientGone."""
+        media_type = self.headers.get(b"content-type", JSON).partition(b";")[0].strip().lower()
+        if media_type != JSON:
+            raise ApiError(415, "the body must be sent with content-type: application/json")
+        too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+        length = self.headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > max_bytes:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._body_read:
+                    part = await self._next_part()
+                    size += len(part)
+                    if size > max_bytes:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {timeout:g} seconds", code="body_timeout") from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def respond(
+        self, status: int, body: bytes, *, content_type: bytes = JSON, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        closing = () if self._body_read or not self._expects_body() else ((b"connection", b"close"),)
+        length = (b"content-length", b"%d" % len(body))
+        await self._start(status, content_type, (length, *headers, *closing))
+        await self._send({"type": "http.response.body", "body": body, "more_body": bool(closing)})
+        if closing:
+            await self._linger()
+            await self.end_events(b"")
+
+    async def start_events(self) -> None:
+        """Begin a stream of server-sent events."""
+        unbuffered = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+        await self._start(200, b"text/event-stream; charset=utf-8", unbuffered)
+
+    async def send_events(self, events: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def end_events(self, events: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": events, "more_body": False})
+
+    @contextmanager
+    def cancel_on_disconnect(self) -> Iterator[None]:
+        """Cancels what runs inside when the client closes the connection, and raises ClientGone instead."""
+        inside = asyncio.current_task()
+        assert inside is not None
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            inside.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if gone and not inside.uncancel():
+                raise ClientGone from None
+            raise
+        finally:
+            watcher.cancel()
+
+    async def _next_part(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        self._body_read = not message.get("more_body", False)
+        part: bytes = message.get("body", b"")
+        return part
+
+    def _expects_body(self) -> bool:
+        return b"transfer-encoding" in self.headers or self.headers.get(b"content-length", b"0") != b"0"
+
+    async def _start(self, status: int, content_type: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> None:
+        self.status = status
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", content_type), (b"x-request-id", self.request_id.encode()), *headers],
+            }
+        )
+
+    async def _linger(self) -> None:
+        # Closing with unread bytes would reset the connection, and the client might never see why.
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while not self._body_read:
+                    await self._next_part()
+        except (TimeoutError, ClientGone):
+            pass

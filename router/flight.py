@@ -1,0 +1,194 @@
+"""The life of one request in the router: waiting, tried on workers, tried again, over.
+
+This is the only place of the system that retries. A new attempt starts from the prompt and every token already
+received, with the same seed, so the client sees one undisturbed stream. Attempts are bounded in number and by the
+request's deadline. Once over, a flight holds no timer, no attempt and no place in the queue.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import msgspec
+
+from engine.errors import InvalidRequest
+from engine.kv.block_hash import block_hashes
+from engine.request import FinishReason, Request
+from engine.wire import submit_to_pb
+from protos import worker_pb2 as pb
+from router.attempt import Attempt
+from router.generation import DeadlineExceeded, GenerationFailed
+from router.policies import RequestFacts, RoutingDecision
+from router.session import WorkerSession
+from router.stream import TokenStream
+
+_MAX_TOKEN_ID = (1 << 31) - 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryConfig:
+    max_attempts: int = 8
+    backoff_s: float = 0.05  # before the third attempt, doubling; the second starts at once
+
+
+class FlightOwner(Protocol):
+    def flight_waits(self, flight: "Flight") -> None:
+        """An attempt failed; the flight wants another."""
+        ...
+
+    def flight_over(self, flight: "Flight") -> None: ...
+
+
+class Flight:
+    """Times are by `clock`, the dispatcher's monotonic seconds. Raises InvalidRequest for what no message can carry."""
+
+    def __init__(
+        self,
+        request: Request,
+        deadline: float,
+        owner: FlightOwner,
+        config: RetryConfig,
+        *,
+        chain_seed: int,
+        clock: Callable[[], float],
+    ) -> None:
+        assert len(request.token_ids) == request.num_prompt_tokens, request.num_prompt_tokens
+        self._submit = _submit_message(request)
+        self.waiting_since = clock()
+        self.stream = TokenStream(request.params.max_tokens, self.waiting_since, clock)
+        self._request = request
+        self._deadline = deadline
+        self._owner = owner
+        self._config = config
+        self._chain_seed = chain_seed
+        self._clock = clock
+        self._hashes: dict[int, list[int]] = {}  # by block size, of the tokens the next attempt submits
+        self._excluded: frozenset[str] = frozenset()
+        self._attempt: Attempt | None = None
+        self._retry_timer: asyncio.TimerHandle | None = None
+        self._over = False
+        self._loop = asyncio.get_running_loop()
+        self._deadline_timer = self._loop.call_later(max(0.0, deadline - self.waiting_since), self._expire)
+        self.stream.on_close(self.close)
+
+    @property
+    def has_tokens(self) -> bool:
+        return bool(self.stream.token_ids)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether cached blocks spare any work: logprobs of the prompt need all of it computed."""
+        return self._request.params.prompt_logprobs is None or self.has_tokens
+
+    def facts(self, turn: int) -> RequestFacts:
+        num_tokens = len(self._request.token_ids)
+        return RequestFacts(num_tokens, self.stream.num_left, turn, self._excluded)
+
+    def hashes(self, block_size: int) -> list[int]:
+        hashes = self._hashes.get(block_size)
+        if hashes is None:
+            hashes = block_hashes(self._request.token_ids, block_size, self._chain_seed)
+            self._hashes[block_size] = hashes
+        return hashes
+
+    def launch(
+        self,
+        decision: RoutingDecision,
+        prefill: WorkerSession | None,
+        decode: WorkerSession,
+        *,
+        prefill_tokens: int,
+        decode_blocks: int,
+    ) -> None:
+        """Start an attempt on the workers of `decision`, which are attached."""
+        timeline = self.stream.timeline
+        timeline.attempts += 1
+        if timeline.dispatched is None:
+            timeline.dispatched = self._clock()
+        timeline.prefill_worker, timeline.decode_worker = decision.prefill or "", decision.decode
+        self.stream.decisions.append(decision)
+        log.debug("request %s, attempt %d: %s", self._request.id, timeline.attempts, decision)
+        self._attempt = Attempt(
+            self._submit, self.stream, self, prefill=prefill, decode=decode, timeout_ms=self._timeout_ms
+        )
+        self._attempt.start(prefill_tokens=prefill_tokens, decode_blocks=decode_blocks)
+
+    def attempt_finished(self) -> None:
+        self._finish()
+
+    def attempt_refused(self, error: InvalidRequest) -> None:
+        self.give_up(error)
+
+    def attempt_failed(self, suspects: frozenset[str], reason: str) -> None:
+        num_attempts = self.stream.timeline.attempts
+        log.info("request %s, attempt %d failed: %s", self._request.id, num_attempts, reason)
+        self._attempt = None
+        if self.stream.num_left <= 0:
+            self.stream.finish(FinishReason.LENGTH)
+            self._finish()
+        elif num_attempts >= self._config.max_attempts:
+            self.give_up(GenerationFailed(f"{num_attempts} attempts failed"))
+        else:
+            self._excluded = suspects
+            self._resume_from_received()
+            delay = self._config.backoff_s * 2 ** (num_attempts - 2) if num_attempts > 1 else 0.0
+            if delay:
+                self._retry_timer = self._loop.call_later(delay, self._wait)
+            else:
+                self._wait()
+
+    def give_up(self, error: Exception) -> None:
+        self.stream.fail(error)
+        self._finish()
+
+    def close(self) -> None:
+        """The client left, or got everything. Idempotent."""
+        self._finish()
+
+    def _wait(self) -> None:
+        self._retry_timer = None
+        self.waiting_since = self._clock()
+        self._owner.flight_waits(self)
+
+    def _resume_from_received(self) -> None:
+        request, received = self._request, self.stream.token_ids
+        params = request.params
+        if received and params.prompt_logprobs is not None:
+            params = msgspec.structs.replace(params, prompt_logprobs=None)  # the client has them
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        self._request = replace(request, token_ids=prompt + tuple(received), params=params)
+        self._submit = _submit_message(self._request)
+        self._hashes = {}
+
+    def _expire(self) -> None:
+        self.give_up(DeadlineExceeded("the request's deadline passed"))
+
+    def _timeout_ms(self) -> int:
+        return max(1, int((self._deadline - self._clock()) * 1000))
+
+    def _finish(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._deadline_timer.cancel()
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+        if self._attempt is not None:
+            self._attempt.abort()
+            self._attempt = None
+        self._owner.flight_over(self)
+
+
+def _submit_message(request: Request) -> pb.Submit:
+    """Made once for all workers of an attempt, and before the request waits: a bad number must not surface later,
+    where it would break a session that serves others."""
+    try:
+        if max(request.token_ids, default=0) > _MAX_TOKEN_ID:
+            raise ValueError("token ids are hashed as int32")
+        return submit_to_pb(request, handle=0, timeout_ms=0)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest("a number in the request is outside the range of its field") from error

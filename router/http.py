@@ -1,0 +1,254 @@
+"""The HTTP front: an ASGI application that speaks the OpenAI API in front of a Generator.
+
+Owns routing, authentication, request ids and the mapping of failures to answers; `router.server` runs it. Deny by
+default: with API keys configured, only liveness and readiness answer without one. Nothing a client sends may end in a
+500, and a 500 says nothing.
+"""
+
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+from prometheus_client import exposition
+
+from engine.errors import InvalidRequest
+from router.answer import Answerer
+from router.completions import Arrival, Planner
+from router.errors import ApiError, ClientGone, as_api_error
+from router.exchange import Exchange, Receive, Scope, Send
+from router.generation import Generator, ModelCard
+from router.metrics import Metrics
+from router.prompts import PromptEncoder, check_ids
+from router.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decode_body, refuse_unsupported
+from router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 32 * 1024
+OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
+MODEL_PREFIX = "/v1/models/"
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class FrontConfig:
+    """`request_timeout_s` runs from a request's arrival to its last token."""
+
+    max_body_bytes: int = 32 * 1024 * 1024
+    body_timeout_s: float = 60.0
+    request_timeout_s: float = 600.0
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    tokenizer_threads: int = 2
+    show_timeline: bool = True  # to clients that ask; it names workers
+
+
+class Front:
+    """One ASGI application. `clock` is monotonic and the Generator's; `draw_bits` gives random seeds and ids."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        config: FrontConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        draw_bits: Callable[[int], int] = secrets.randbits,
+    ) -> None:
+        self._generator = generator
+        self._card = card
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._config = config
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._draw_bits = draw_bits
+        self._started = int(wall_clock())
+        self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._encoder = PromptEncoder(tokenizer, card, self._threads)
+        self._planner = Planner(card, tokenizer, self._encoder, draw_bits)
+        self._answerer = Answerer(generator, metrics, clock)
+        self._key_digests: tuple[bytes, ...] = ()
+        self.set_api_keys(config.api_keys)
+        self._routes: dict[str, tuple[str, Handler]] = {
+            "/v1/completions": ("POST", self._completions),
+            "/v1/chat/completions": ("POST", self._chat),
+            "/tokenize": ("POST", self._tokenize),
+            "/detokenize": ("POST", self._detokenize),
+            "/v1/models": ("GET", self._models),
+            "/health": ("GET", self._live),
+            "/live": ("GET", self._live),
+            "/ready": ("GET", self._ready),
+            "/metrics": ("GET", self._show_metrics),
+            "/version": ("GET", self._version),
+        }
+
+    def set_api_keys(self, keys: Sequence[str]) -> None:
+        """Replace the accepted keys, at any time; none: no authentication. Raises ValueError for an empty key."""
+        if not all(keys):
+            raise ValueError("an API key must not be empty")
+        self._key_digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not served")
+        exchange = Exchange(scope, receive, send, lambda: f"{self._draw_bits(128):032x}")
+        route = exchange.path if exchange.path in self._routes else "other"
+        try:
+            _check_head(scope)
+            await self._handle(exchange)
+        except ClientGone:
+            exchange.status = exchange.status or 499
+        except Exception as error:  # the one guard between handlers and the server
+            await self._fail(exchange, error)
+        self._metrics.responses[route, exchange.status or 499] += 1
+
+    async def _handle(self, exchange: Exchange) -> None:
+        path = exchange.path
+        if path not in OPEN_PATHS:
+            self._tenant(exchange)
+        route = ("GET", self._model) if path.startswith(MODEL_PREFIX) else self._routes.get(path)
+        if route is None:
+            raise ApiError(404, "there is nothing at this path", "not_found_error", code="not_found")
+        method, handler = route
+        if exchange.method != method and not (exchange.method == "HEAD" and method == "GET"):
+            allow = ((b"allow", b"GET, HEAD" if method == "GET" else method.encode()),)
+            raise ApiError(405, f"use {method} for this path", code="method_not_allowed", headers=allow)
+        await handler(exchange)
+
+    async def _fail(self, exchange: Exchange, error: Exception) -> None:
+        answer = as_api_error(error)
+        if answer.status >= 500:
+            unknown = error if answer.status == 500 else None
+            log.error("request %s failed: %r", exchange.request_id, error, exc_info=unknown)
+        if exchange.status is None:
+            await exchange.respond(answer.status, answer.body(), headers=answer.headers)
+        else:
+            # No [DONE] and no end of the body: the server then cuts the connection, which no client takes for success.
+            await exchange.send_events(b"data: " + answer.body() + b"\n\n")
+
+    def _tenant(self, exchange: Exchange) -> str:
+        """A name for the key that was sent; empty where none is demanded. Raises ApiError 401."""
+        if not self._key_digests:
+            return ""
+        scheme, _, key = exchange.headers.get(b"authorization", b"").partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong",
+                "authentication_error",
+                code="invalid_api_key",
+                headers=((b"www-authenticate", b"Bearer"),),
+            )
+        return hmac.new(key.strip(), b"cache salt", hashlib.sha256).hexdigest()[:32]
+
+    def _arrival(self, exchange: Exchange) -> Arrival:
+        received = self._clock()
+        return Arrival(
+            received=received,
+            created=int(self._wall_clock()),
+            deadline=received + self._config.request_timeout_s,
+            tenant=self._tenant(exchange),
+            timeline=self._config.show_timeline and exchange.headers.get(b"x-baton-timeline") == b"1",
+        )
+
+    async def _read(self, exchange: Exchange) -> bytes:
+        return await exchange.read_json(self._config.max_body_bytes, self._config.body_timeout_s)
+
+    async def _completions(self, exchange: Exchange) -> None:
+        body = decode_body(await self._read(exchange), CompletionBody)
+        await self._answerer.answer(exchange, await self._planner.completion(body, self._arrival(exchange)))
+
+    async def _chat(self, exchange: Exchange) -> None:
+        body = decode_body(await self._read(exchange), ChatBody)
+        await self._answerer.answer(exchange, await self._planner.chat(body, self._arrival(exchange)))
+
+    async def _tokenize(self, exchange: Exchange) -> None:
+        body = decode_body(await self._read(exchange), TokenizeBody)
+        self._planner.check_model(body.model)
+        refuse_unsupported(body)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequest("give either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            special = body.add_special_tokens is not False
+            ids: Sequence[int] = await self._encoder.encode(body.prompt, add_special_tokens=special, param="prompt")
+        else:
+            prompt = await self._encoder.chat(body, add_special_tokens=body.add_special_tokens is True)
+            ids = prompt.token_ids
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._card.max_model_len, "tokens": ids}
+        answer["token_strs"] = (
+            [self._tokenizer.token_string(token) for token in ids] if body.return_token_strs else None
+        )
+        await exchange.respond(200, msgspec.json.encode(answer))
+
+    async def _detokenize(self, exchange: Exchange) -> None:
+        body = decode_body(await self._read(exchange), DetokenizeBody)
+        self._planner.check_model(body.model)
+        check_ids(body.tokens, self._card.vocab_size, "tokens")
+        text = self._tokenizer.decode(body.tokens, skip_special_tokens=False)
+        await exchange.respond(200, msgspec.json.encode({"prompt": text}))
+
+    async def _models(self, exchange: Exchange) -> None:
+        names = (self._card.name, *self._card.aliases)
+        body = {"object": "list", "data": [self._describe(name) for name in names]}
+        await exchange.respond(200, msgspec.json.encode(body))
+
+    async def _model(self, exchange: Exchange) -> None:
+        name = self._planner.check_model(exchange.path.removeprefix(MODEL_PREFIX))
+        await exchange.respond(200, msgspec.json.encode(self._describe(name)))
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "baton",
+            "root": self._card.name,
+            "parent": None,
+            "max_model_len": self._card.max_model_len,
+        }
+
+    async def _live(self, exchange: Exchange) -> None:
+        await exchange.respond(200, b'{"status":"live"}')
+
+    async def _ready(self, exchange: Exchange) -> None:
+        if self._generator.ready:
+            await exchange.respond(200, b'{"status":"ready"}')
+        else:
+            await exchange.respond(503, b'{"status":"no workers"}', headers=((b"retry-after", b"1"),))
+
+    async def _show_metrics(self, exchange: Exchange) -> None:
+        accept = exchange.headers.get(b"accept", b"").decode("latin-1")
+        encode, content_type = exposition.choose_encoder(accept)
+        body = encode(self._metrics.registry)
+        await exchange.respond(200, body, content_type=content_type.encode())
+
+    async def _version(self, exchange: Exchange) -> None:
+        try:
+            number = version("baton-serve")
+        except PackageNotFoundError:
+            number = "unknown"
+        await exchange.respond(200, msgspec.json.encode({"version": number}))
+
+
+def _check_head(scope: Scope) -> None:
+    size = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+        message = f"the request's head is larger than {MAX_HEAD_BYTES} bytes"
+        raise ApiError(431, message, code="headers_too_large")

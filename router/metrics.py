@@ -1,0 +1,141 @@
+"""Prometheus metrics of the HTTP front: its own names (`baton_`), and vLLM's where dashboards already read those.
+
+Every value is kept once, in plain counters and bucket arrays that cost a fraction of a microsecond per token, and
+exported under each of its names when scraped. One writer: the event loop.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import CollectorRegistry
+
+from engine.request import FinishReason
+from router.generation import Timeline
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
+_LONG_SECONDS = (*_SECONDS, 40.0, 80.0, 160.0, 640.0, 2560.0)
+_TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+_BYTES = tuple(float(4**power) for power in range(5, 18))
+
+
+@dataclass(slots=True)
+class Histogram:
+    name: str
+    help: str
+    bounds: Sequence[float]
+    vllm: bool = False  # also exported under vLLM's prefix
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def family(self, prefix: str, model: str) -> Metric:
+        family = HistogramMetricFamily(prefix + self.name, self.help, labels=["model_name"])
+        running, buckets = 0, []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            running += count
+            buckets.append((bound, running))
+        family.add_metric([model], buckets, self.total)
+        return family
+
+
+class Metrics:
+    """Registers itself with `registry`; `model` is the value of the model_name label."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        self.registry = registry
+        self.num_waiting = 0  # requests without a first token
+        self.num_running = 0  # requests with a first token, not ended
+        self.prompt_tokens = 0
+        self.cached_prompt_tokens = 0
+        self.generation_tokens = 0
+        self.transferred_bytes = 0
+        self.finished: Counter[str] = Counter()  # finish reason -> choices
+        self.responses: Counter[tuple[str, int]] = Counter()  # route, status -> HTTP responses; 499: client left
+        self.first_token = Histogram("time_to_first_token_seconds", "Time to first token.", _LONG_SECONDS, vllm=True)
+        self.inter_token = Histogram(
+            "inter_token_latency_seconds", "Time between a choice's deltas.", _SECONDS, vllm=True
+        )
+        self.e2e = Histogram("e2e_request_latency_seconds", "Time from arrival to the end.", _LONG_SECONDS, vllm=True)
+        self.queued = Histogram("request_queue_time_seconds", "Time before prefill began.", _LONG_SECONDS, vllm=True)
+        self.prefill = Histogram("request_prefill_time_seconds", "Time in prefill.", _LONG_SECONDS, vllm=True)
+        self.decode = Histogram("request_decode_time_seconds", "Time in decode.", _LONG_SECONDS, vllm=True)
+        self.prompt_length = Histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS, vllm=True)
+        self.output_length = Histogram("request_generation_tokens", "Output tokens of a choice.", _TOKENS, vllm=True)
+        self.transfer_bytes = Histogram("kv_transfer_bytes", "KV bytes moved for a request.", _BYTES)
+        self.transfer_time = Histogram("kv_transfer_seconds", "Time KV of a request was in transfer.", _SECONDS)
+        self.exposed_time = Histogram(
+            "kv_transfer_exposed_seconds", "Transfer time that prefill did not hide.", _SECONDS
+        )
+        self._model = model
+        registry.register(self)
+
+    def finish(self, timeline: Timeline, num_prompt: int, num_output: int, reason: FinishReason, now: float) -> None:
+        """Count one choice that ran to its end."""
+        self.finished[reason.value] += 1
+        self.prompt_tokens += num_prompt
+        self.cached_prompt_tokens += timeline.cached_tokens
+        self.generation_tokens += num_output
+        self.prompt_length.observe(num_prompt)
+        self.output_length.observe(num_output)
+        self.e2e.observe(now - timeline.received)
+        waited = 0.0 if timeline.dispatched is None else timeline.dispatched - timeline.received
+        self.queued.observe(waited + timeline.queued_s)
+        self.prefill.observe(timeline.prefill_s)
+        self.decode.observe(timeline.decode_s)
+        if timeline.transfer_bytes:
+            self.transferred_bytes += timeline.transfer_bytes
+            self.transfer_bytes.observe(timeline.transfer_bytes)
+            self.transfer_time.observe(timeline.transfer_s)
+            self.exposed_time.observe(timeline.exposed_s)
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at every scrape."""
+        for histogram in self._histograms():
+            yield histogram.family("baton_", self._model)
+            if histogram.vllm:
+                yield histogram.family("vllm:", self._model)
+        for prefix in ("baton_", "vllm:"):
+            yield from self._shared(prefix)
+        yield self._counter(
+            "baton_prompt_tokens_cached", "Prompt tokens that needed no prefill.", self.cached_prompt_tokens
+        )
+        yield self._counter("baton_kv_transferred_bytes", "KV bytes moved.", self.transferred_bytes)
+        responses = CounterMetricFamily("baton_http_responses", "HTTP responses.", labels=["route", "status"])
+        for (route, status), count in self.responses.items():
+            responses.add_metric([route, str(status)], count)
+        yield responses
+
+    def _histograms(self) -> list[Histogram]:
+        return [value for value in vars(self).values() if isinstance(value, Histogram)]
+
+    def _shared(self, prefix: str) -> Iterator[Metric]:
+        yield self._counter(prefix + "prompt_tokens", "Prompt tokens of finished requests.", self.prompt_tokens)
+        yield self._counter(prefix + "generation_tokens", "Output tokens of finished choices.", self.generation_tokens)
+        success = CounterMetricFamily(
+            prefix + "request_success", "Choices that ended.", labels=["model_name", "finished_reason"]
+        )
+        for reason in FinishReason:
+            success.add_metric([self._model, reason.value], self.finished[reason.value])
+        yield success
+        for name, text, value in (
+            ("num_requests_waiting", "Requests without a first token.", self.num_waiting),
+            ("num_requests_running", "Requests that are producing tokens.", self.num_running),
+        ):
+            gauge = GaugeMetricFamily(prefix + name, text, labels=["model_name"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        counter = CounterMetricFamily(name, text, labels=["model_name"])
+        counter.add_metric([self._model], value)
+        return counter

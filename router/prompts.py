@@ -1,0 +1,182 @@
+"""From a request's text, ids or messages to checked prompt token ids.
+
+Long texts are tokenized in threads, never on the event loop; texts too long for any prompt are refused unread.
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import InvalidRequest
+from router.generation import ModelCard
+from router.schema import ChatBody, TokenizeBody
+from router.tokenizer import Tokenizer
+
+MAX_PROMPTS = 128
+MAX_MESSAGES = 4096
+MAX_CHARS_PER_TOKEN = 32  # more characters than this for each token of the context are refused unread
+MAX_INLINE_CHARS = 2048  # tokenized on the loop: under a millisecond, a thread costs about a tenth
+MAX_TEMPLATE_STRING = 1024
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: tuple[int, ...]
+    text: str | None  # as the client wrote it; None for token ids
+
+
+class PromptEncoder:
+    """Raises InvalidRequest for what cannot be a prompt; `param` says where it was."""
+
+    def __init__(self, tokenizer: Tokenizer, card: ModelCard, threads: ThreadPoolExecutor) -> None:
+        self._tokenizer = tokenizer
+        self._card = card
+        self._threads = threads
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        limit = self._card.max_model_len * MAX_CHARS_PER_TOKEN
+        if len(text) > limit:
+            message = f"the text has {len(text)} characters, more than any prompt of this model can hold ({limit})"
+            raise InvalidRequest(message, param=param, code="context_length_exceeded")
+        if len(text) <= MAX_INLINE_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads, lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def prompts(self, prompt: str | Sequence[str | int | list[int]], *, add_special_tokens: bool) -> list[Prompt]:
+        """The prompts of a completion request: one text, one list of ids, or a list of texts or lists of ids."""
+        if isinstance(prompt, str):
+            entries: Sequence[str | int | list[int]] = [prompt]
+        elif prompt and isinstance(prompt[0], int):
+            entries = [_only_ids(prompt)]
+        else:
+            entries = prompt
+        if not 1 <= len(entries) <= MAX_PROMPTS:
+            raise InvalidRequest(f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(entries)}", param="prompt")
+        if len({type(entry) for entry in entries}) > 1:
+            raise InvalidRequest("prompt must hold texts or lists of token ids, not both", param="prompt")
+        return [await self._one(entry, add_special_tokens) for entry in entries]
+
+    async def chat(self, fields: ChatBody | TokenizeBody, *, add_special_tokens: bool) -> Prompt:
+        """The prompt of a conversation, through the model's chat template."""
+        text = self._render(fields)
+        ids = await self.encode(text, add_special_tokens=add_special_tokens, param="messages")
+        if not ids:
+            raise InvalidRequest("messages make an empty prompt", param="messages")
+        return Prompt(tuple(ids), text)
+
+    async def _one(self, entry: str | int | list[int], add_special_tokens: bool) -> Prompt:
+        assert not isinstance(entry, int), entry
+        if not entry:
+            raise InvalidRequest("prompt must not be empty", param="prompt", code="empty_prompt")
+        if isinstance(entry, str):
+            ids = await self.encode(entry, add_special_tokens=add_special_tokens, param="prompt")
+            return Prompt(tuple(ids), entry)
+        check_ids(entry, self._card.vocab_size, "prompt")
+        return Prompt(tuple(entry), None)
+
+    def _render(self, fields: ChatBody | TokenizeBody) -> str:
+        messages = fields.messages or []
+        if not 1 <= len(messages) <= MAX_MESSAGES:
+            message = f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}"
+            raise InvalidRequest(message, param="messages")
+        if fields.tools is not None and not fields.tools:
+            raise InvalidRequest("tools must not be an empty list", param="tools")
+        continues = bool(fields.continue_final_message)
+        if continues and fields.add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt exclude each other"
+            raise InvalidRequest(message, param="continue_final_message")
+        return self._tokenizer.chat.render(
+            [_template_message(message, place) for place, message in enumerate(messages)],
+            tools=fields.tools,
+            add_generation_prompt=not continues and fields.add_generation_prompt is not False,
+            continue_final_message=continues,
+            kwargs=_template_kwargs(fields.chat_template_kwargs),
+        )
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        raise InvalidRequest(f"{param} holds a token id outside 0..{vocab_size - 1}", param=param)
+
+
+def truncated(ids: tuple[int, ...], keep: int | None, room: int) -> tuple[int, ...]:
+    """The last `keep` ids (-1: as many as there is `room` for)."""
+    if keep is None:
+        return ids
+    keep = room if keep == -1 else keep
+    if keep < 1:
+        raise InvalidRequest("truncate_prompt_tokens must be -1 or at least 1", param="truncate_prompt_tokens")
+    return ids[-keep:]
+
+
+def _only_ids(entries: Sequence[str | int | list[int]]) -> list[int]:
+    ids = [entry for entry in entries if isinstance(entry, int)]
+    if len(ids) != len(entries):
+        raise InvalidRequest("prompt mixes token ids with something else", param="prompt")
+    return ids
+
+
+def _template_message(message: dict[str, Any], place: int) -> dict[str, Any]:
+    """A checked message as templates know it: text contents, `system` for `developer`, parsed tool arguments."""
+    where = f"messages[{place}]"
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(sorted(ROLES))}", param=f"{where}.role")
+    content = message.get("content")
+    if content is None and role != "assistant":
+        raise InvalidRequest(f"{where}.content is required", param=f"{where}.content")
+    known: dict[str, Any] = {
+        "role": "system" if role == "developer" else role,
+        "content": _text(content, f"{where}.content"),
+    }
+    if message.get("tool_calls"):
+        known["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+    return {**message, **known}
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where} must be a text or a list of parts", param=where)
+    texts = []
+    for place, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequest(f"{where}[{place}] must be a part of type text", param=f"{where}[{place}]")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Clients send a call's arguments as JSON text; templates expect the object."""
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+    ):
+        raise InvalidRequest(f"{where} must be a list of calls, each with a function", param=where)
+    parsed = []
+    for call in calls:
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments else {}
+            except (ValueError, RecursionError):
+                raise InvalidRequest(f"{where}: arguments is not valid JSON", param=where) from None
+        parsed.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return parsed
+
+
+def _template_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    param = "chat_template_kwargs"
+    for name, value in (kwargs or {}).items():
+        if name in ("tokenize", "chat_template", "messages", "tools", "add_generation_prompt"):
+            raise InvalidRequest(f"{param}.{name} is not allowed", param=param)
+        if not isinstance(value, str | int | float | None) or len(str(value)) > MAX_TEMPLATE_STRING:
+            raise InvalidRequest(f"{param}.{name} must be a number, a truth value or a short text", param=param)
+    return kwargs or {}

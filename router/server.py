@@ -1,0 +1,155 @@
+"""Runs an ASGI application on uvicorn, with the limits on connections that uvicorn and httptools do not have.
+
+httptools bounds neither the size of a request's head nor the time it may take, and uvicorn waits for a client that
+stops reading as long as the client likes; `BoundedProtocol` cuts all three. Called by `baton/` inside its event loop
+(uvloop), which also owns signals.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    max_head_bytes: int = 64 * 1024  # of a head that is not whole; the application refuses large whole ones politely
+    idle_s: float = 75.0  # for a whole head to arrive: after connecting, and after each answer
+    stall_s: float = 30.0  # for a client to make room when it does not read its answer
+    drain_s: float = 30.0  # for running requests to finish after the server was told to stop
+    backlog: int = 2048
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. At most one of the two timers runs for each of the two things waited for."""
+
+    def __init__(self, limits: ServerConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._limits = limits
+        self._head_bytes = 0  # received since the last whole head
+        self._in_head = True
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self._limits.max_head_bytes and not self.transport.is_closing():
+            self.send_400_response("The request's head is too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self._limits.stall_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+        super().resume_writing()
+
+    def _await_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(self._limits.idle_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        # A pipelined request may have taken over meanwhile; its own answer starts the timer anew.
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: the process has its own."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    app: Any,
+    host: str,
+    port: int,
+    *,
+    stop: asyncio.Event,
+    started: Callable[[int], None] = lambda _port: None,
+    config: ServerConfig | None = None,
+) -> None:
+    """Serve until `stop` is set, then finish what runs. `started` gets the port, which matters for port 0.
+
+    Raises OSError when the address cannot be bound.
+    """
+    limits = config or ServerConfig()
+    listener = _bind(host, port, limits.backlog)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=partial(BoundedProtocol, limits),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=int(limits.idle_s),
+            timeout_graceful_shutdown=int(limits.drain_s),
+        )
+    )
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        started(listener.getsockname()[1])
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await running
+    finally:
+        stopping.cancel()
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        listener.close()
+
+
+def _bind(host: str, port: int, backlog: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(backlog)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener

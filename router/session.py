@@ -1,0 +1,321 @@
+"""The router's end of the control plane: one stream to one worker, attached anew whenever it breaks.
+
+The dispatcher makes one WorkerSession per member and runs it as a task. Outputs go straight to the sink their
+handle was opened with, load goes to `state`, KV events to the listener. A session is lost when the stream breaks,
+a frame is missing, nothing arrives for `silence_s`, or the worker runs requests and its progress stands still for
+`stall_s`; every open handle then hears of it once, and is never used again.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+
+from engine.auth import metadata
+from engine.errors import WorkerLost
+from engine.wire import CHANNEL_OPTIONS
+from protos import worker_pb2 as pb
+from router.cluster_view import DECODE, PREFILL, WorkerState
+from router.membership import Joined
+
+METHOD = "/baton.worker.Worker/Session"
+
+# Each attach connects anew: a shared subchannel would carry another attempt's backoff over.
+_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    silence_s: float = 2.0  # workers send a frame at least every 0.5 s
+    stall_s: float = 10.0
+    attach_timeout_s: float = 10.0  # the first frame waits for the end of the worker's current step
+    min_backoff_s: float = 0.1
+    max_backoff_s: float = 2.0
+    seqs_per_slot: float = 1.5  # sequences sent per decode slot, so that freed slots find a prefilled successor
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """Where what a worker says about one handle goes. Called on the loop; must not block."""
+
+    output: Callable[[pb.Output], None]
+    lost: Callable[[], None]
+
+
+class SessionListener(Protocol):
+    def session_attached(self, session: "WorkerSession", snapshot: pb.KvSnapshot) -> None: ...
+
+    def session_events(self, session: "WorkerSession", frame: pb.Frame) -> None:
+        """A frame with KV events, in order and without gaps."""
+        ...
+
+    def session_reported(self, session: "WorkerSession") -> None:
+        """After every frame: the load is new, outputs have been delivered."""
+        ...
+
+    def session_lost(self, session: "WorkerSession", reason: str) -> None:
+        """Before the open handles hear of it."""
+        ...
+
+
+class WorkerSession:
+    """`state` is None while not attached. All methods are called on the loop."""
+
+    def __init__(
+        self,
+        member: Joined,
+        listener: SessionListener,
+        config: SessionConfig,
+        *,
+        model: str,
+        token: str,
+        router_id: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self.member = member
+        self.state: WorkerState | None = None
+        self.last_frame_at = clock()
+        self._listener = listener
+        self._config = config
+        self._model = model
+        self._token = token
+        self._router_id = router_id
+        self._clock = clock
+        self._handles = itertools.count(1)
+        self._sinks: dict[int, Sink] = {}
+        self._sent: set[int] = set()
+        self._outgoing: deque[pb.Command] = deque()
+        self._outgoing_ready = asyncio.Event()
+        self._retired = False
+        self._call: Any = None
+        self._broken = ""  # why this side ended the stream
+        self._next_frame = 0
+        self._next_event = 0
+        self._progress = 0
+        self._progressed_at = 0.0
+        self._stalled = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether new requests may go here."""
+        return self.state is not None and not (self._retired or self._stalled or self.state.load.draining)
+
+    @property
+    def retired(self) -> bool:
+        return self._retired
+
+    @property
+    def num_open(self) -> int:
+        return len(self._sinks)
+
+    def open(self, sink: Sink, tokens: int, blocks: int) -> int:
+        """Reserve room for a request that will be submitted; returns its handle. The session must be attached."""
+        assert self.state is not None
+        handle = next(self._handles)
+        self._sinks[handle] = sink
+        self.state.reserve(handle, tokens, blocks)
+        return handle
+
+    def submit(self, handle: int, template: pb.Submit, timeout_ms: int, offer: bytes) -> None:
+        """Send a request whose handle is open: `template` with these fields set."""
+        assert self.state is not None
+        assert handle in self._sinks, handle
+        command = pb.Command()
+        message = command.submit
+        message.CopyFrom(template)
+        message.handle, message.timeout_ms, message.offer = handle, timeout_ms, offer
+        self._sent.add(handle)
+        self.state.sent(handle)
+        self._send(command)
+
+    def close(self, handle: int, *, cancel: bool) -> None:
+        """Hear no more of `handle`; with `cancel` the worker drops it too. Idempotent."""
+        if self._sinks.pop(handle, None) is None or self.state is None:
+            return
+        self.state.counted(handle)
+        if handle in self._sent:
+            self._sent.remove(handle)
+            if cancel:
+                self._send(pb.Command(cancel=pb.Cancel(handle=handle)))
+        self._end_if_idle()
+
+    def retire(self) -> None:
+        """Take no new requests, end with the last one; do not attach again."""
+        self._retired = True
+        self._end_if_idle()
+
+    def revive(self) -> None:
+        """The member is back before its last request ended."""
+        self._retired = False
+
+    async def run(self) -> None:
+        """Attach, serve until lost, and again; returns when retired and idle."""
+        backoff, failure = self._config.min_backoff_s, ""
+        try:
+            while not self._retired:
+                reason = await self._serve_once()
+                if self._lose(reason):
+                    backoff, failure = self._config.min_backoff_s, ""
+                elif reason != failure and not self._retired:
+                    log.warning("worker %s cannot be attached: %s", self.member.worker_id, reason)
+                    failure = reason
+                if not self._retired:
+                    await asyncio.sleep(backoff)
+                    backoff = min(2 * backoff, self._config.max_backoff_s)
+        finally:
+            self._lose("the session was closed")
+
+    async def _serve_once(self) -> str:
+        """One stream from attach to loss; returns why it ended."""
+        self._broken = ""
+        try:
+            async with grpc.aio.insecure_channel(self.member.address, options=_OPTIONS) as channel:
+                await self._serve(channel)
+            return "the worker ended the session"
+        except asyncio.CancelledError:
+            # grpc raises this as well when either side cancelled the stream, and nobody cancelled this task.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return self._broken or "the stream was cancelled"
+        except TimeoutError:
+            return "no first frame in time"
+        except grpc.aio.AioRpcError as error:
+            return self._broken or f"{error.code().name}: {error.details()}"
+        except WorkerLost as error:
+            return str(error)
+        except Exception as error:  # the guard at this boundary: whatever a frame provoked costs one session
+            log.exception("session to worker %s failed", self.member.worker_id)
+            return f"internal error: {type(error).__name__}"
+        finally:
+            self._call = None
+
+    async def _serve(self, channel: Any) -> None:
+        stream = channel.stream_stream(
+            METHOD, request_serializer=pb.Command.SerializeToString, response_deserializer=pb.Frame.FromString
+        )
+        call = self._call = stream(metadata=metadata(self._token))
+        try:
+            async with asyncio.timeout(self._config.attach_timeout_s):
+                await call.write(pb.Command(attach=pb.Attach(router_id=self._router_id)))
+                first = await call.read()
+            if first is grpc.aio.EOF:
+                return
+            self._begin(first)
+            writer = asyncio.create_task(self._write(call))
+            watchdog = asyncio.create_task(self._watch())
+            try:
+                while (frame := await call.read()) is not grpc.aio.EOF:
+                    self._receive(frame)
+            finally:
+                writer.cancel()
+                watchdog.cancel()
+        finally:
+            call.cancel()
+
+    def _begin(self, frame: pb.Frame) -> None:
+        """Frame 0: who the worker is and what it holds."""
+        described, member = frame.description, self.member
+        if frame.number != 0 or not frame.HasField("description") or not frame.HasField("kv_snapshot"):
+            raise WorkerLost("its first frame lacks description or snapshot")
+        if (described.worker_id, described.role) != (member.worker_id, member.role) or member.role not in (
+            PREFILL,
+            DECODE,
+        ):
+            raise WorkerLost(f"it is {described.role} worker {described.worker_id}, not {member.role}")
+        if described.model != self._model or not described.block_size:
+            raise WorkerLost(f"it serves model {described.model!r}, not {self._model!r}")
+        self.state = WorkerState(member.worker_id, described, self._config.seqs_per_slot)
+        self._next_event = frame.kv_snapshot.next_event_number
+        self._next_frame = 0
+        self._outgoing.clear()
+        self._progressed_at = self._clock()
+        self._listener.session_attached(self, frame.kv_snapshot)
+        self._receive(frame)
+
+    def _receive(self, frame: pb.Frame) -> None:
+        if frame.number != self._next_frame:
+            raise WorkerLost(f"frame {self._next_frame} is missing, {frame.number} came")
+        self._next_frame += 1
+        state = self.state
+        assert state is not None
+        self.last_frame_at = self._clock()
+        load = frame.load
+        state.report(load)
+        self._check_progress(load.progress, load.num_running > 0)
+        if frame.kv_events:
+            if frame.kv_event_number != self._next_event:
+                raise WorkerLost(f"KV event {self._next_event} is missing, {frame.kv_event_number} came")
+            self._next_event += len(frame.kv_events)
+            self._listener.session_events(self, frame)
+        sinks = self._sinks
+        for output in frame.outputs:
+            handle = output.handle
+            sink = sinks.get(handle)
+            if sink is not None:
+                state.counted(handle)
+                sink.output(output)
+        self._listener.session_reported(self)
+
+    def _check_progress(self, progress: int, running: bool) -> None:
+        """Progress, not liveness, is health. A stalled worker stays unusable, even attached anew, until it moves."""
+        now = self.last_frame_at
+        if progress != self._progress or not running:
+            self._progress, self._progressed_at, self._stalled = progress, now, False
+        elif not self._stalled and now - self._progressed_at > self._config.stall_s:
+            self._stalled = True
+            raise WorkerLost(f"it runs requests and made no progress for {self._config.stall_s} s")
+
+    async def _write(self, call: Any) -> None:
+        """One writer, so commands keep their order. A worker that does not read falls silent, and is lost by that."""
+        outgoing, ready = self._outgoing, self._outgoing_ready
+        while True:
+            while outgoing:
+                try:
+                    await call.write(outgoing.popleft())
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    return  # the stream has ended: the reader says why
+            ready.clear()
+            await ready.wait()
+
+    async def _watch(self) -> None:
+        """Two looks before the verdict: after a pause of this process the frames of that time are still unread."""
+        silence_s, overdue = self._config.silence_s, False
+        while True:
+            left = self.last_frame_at + silence_s - self._clock()
+            if left <= 0 and overdue:
+                return self._end(f"silent for {silence_s} s")
+            overdue = left <= 0
+            await asyncio.sleep(silence_s / 8 if overdue else left)
+
+    def _send(self, command: pb.Command) -> None:
+        self._outgoing.append(command)
+        self._outgoing_ready.set()
+
+    def _end_if_idle(self) -> None:
+        if self._retired and not self._sinks:
+            self._end("the worker left")
+
+    def _end(self, reason: str) -> None:
+        self._broken = reason
+        if self._call is not None:
+            self._call.cancel()
+
+    def _lose(self, reason: str) -> bool:
+        """Whether there was an attached session to lose."""
+        if self.state is None:
+            return False
+        self.state = None
+        sinks, self._sinks = self._sinks, {}
+        self._sent.clear()
+        self._listener.session_lost(self, reason)
+        for sink in sinks.values():
+            sink.lost()
+        return True

@@ -1,0 +1,127 @@
+"""The client's end of one request: tokens from whichever worker sends them, each index exactly once and in order.
+
+The current attempt writes (`accept`, `fail`), the HTTP front iterates. Everything that arrived between two
+iterations comes out as one delta, so a slow client costs memory bounded by max_tokens and no work per token.
+Invariant: `token_ids[i]` is output token i, and what was accepted never changes.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from engine.executors.base import TokenLogprobs
+from engine.request import FinishReason
+from router.generation import Delta, Timeline
+from router.policies import RoutingDecision
+
+_Piece = tuple[list[int], list[TokenLogprobs], FinishReason | None]
+
+
+class TokenStream:
+    """Implements router.generation.GenerationStream. One consumer, on the dispatcher's loop."""
+
+    def __init__(self, max_tokens: int, received: float, clock: Callable[[], float]) -> None:
+        self.timeline = Timeline(received=received)
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.token_ids: list[int] = []
+        self.decisions: list[RoutingDecision] = []
+        self._max_tokens = max_tokens
+        self._clock = clock
+        self._logprobs: list[TokenLogprobs] = []  # of the tokens not consumed yet
+        self._num_consumed = 0
+        self._early: dict[int, _Piece] = {}  # the decode worker's first tokens may overtake the prefill worker's
+        self._finish_reason: FinishReason | None = None
+        self._error: Exception | None = None
+        self._ended = False  # nothing follows what is buffered
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_close: Callable[[], None] | None = None
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """`callback` runs when the consumer leaves."""
+        self._on_close = callback
+
+    @property
+    def num_left(self) -> int:
+        return self._max_tokens - len(self.token_ids)
+
+    def accept(
+        self, index: int, token_ids: list[int], logprobs: list[TokenLogprobs], finish_reason: FinishReason | None
+    ) -> bool:
+        """Take output tokens `index ..`; known ones are dropped, early ones kept back. True once finished."""
+        num_known = len(self.token_ids)
+        if index > num_known:
+            if len(self._early.get(index, ([],))[0]) <= len(token_ids):
+                self._early[index] = (token_ids, logprobs, finish_reason)
+            return False
+        if index < num_known:
+            token_ids, logprobs = token_ids[num_known - index :], logprobs[num_known - index :]
+        self._append(token_ids, logprobs, finish_reason)
+        if self._early and (first := min(self._early)) <= len(self.token_ids):
+            return self.accept(first, *self._early.pop(first))
+        if self._waiter is not None:
+            self._wake()
+        return self._ended
+
+    def discard_early(self) -> None:
+        """The attempt is over; the next one starts from what was accepted in order."""
+        self._early.clear()
+
+    def finish(self, reason: FinishReason) -> None:
+        self._finish_reason, self._ended = reason, True
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Raised to the consumer after the tokens it has not taken yet. No effect on a finished stream."""
+        if not self._ended:
+            self._error, self._ended = error, True
+            self._wake()
+
+    def __aiter__(self) -> "TokenStream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        while True:
+            delta = self._take()
+            if delta is not None:
+                return delta
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    async def aclose(self) -> None:
+        if self._on_close is not None:
+            self._on_close()
+        self._num_consumed, self._logprobs = len(self.token_ids), []
+        self._finish_reason, self._error, self._ended = None, None, True
+        self._wake()
+
+    def _append(self, token_ids: list[int], logprobs: list[TokenLogprobs], reason: FinishReason | None) -> None:
+        if self._ended:
+            return
+        if token_ids:
+            now = self._clock()
+            if self.timeline.first_token is None:
+                self.timeline.first_token = now
+            self.timeline.last_token = now
+            self.token_ids += token_ids
+            self._logprobs += logprobs
+        if reason is not None:
+            self._finish_reason, self._ended = reason, True
+
+    def _take(self) -> Delta | None:
+        token_ids = self.token_ids[self._num_consumed :]
+        reason = self._finish_reason
+        if not token_ids and reason is None:
+            return None
+        delta = Delta(token_ids, self._logprobs, reason)
+        self._num_consumed, self._logprobs, self._finish_reason = len(self.token_ids), [], None
+        return delta
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

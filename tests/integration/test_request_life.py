@@ -1,0 +1,144 @@
+"""However a request ends, at whatever point: every block returns on both sides, and others are undisturbed.
+
+Over simulated executors, whose tokens depend on the KV bytes they find, so wrong KV shows as wrong tokens.
+"""
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from engine.engine import Engine
+from engine.errors import InvalidRequest
+from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
+from engine.request import FinishReason, Request, RequestId, SamplingParams
+from engine.scheduler import SchedulerConfig
+from tests.integration.harness import Cluster, running_cluster
+
+CONFIG = SimulatedConfig(
+    prefill_tokens_per_s=50_000, step_base_s=0.001, decode_s_per_sequence=0.0, vocab_size=1000, num_blocks=512
+)
+
+
+def executor(_role: str) -> SimulatedExecutor:
+    import time
+
+    return SimulatedExecutor(CONFIG, time.sleep)
+
+
+def undisturbed(prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    """What one engine gives, with nothing moved."""
+    engine = Engine(SimulatedExecutor(CONFIG, lambda _s: None), SchedulerConfig(), secret="", model="model")
+    engine.submit(Request(RequestId("alone"), tuple(prompt), len(prompt), params, seed=0))
+    tokens = []
+    while (scheduled := engine.schedule()) is not None:
+        tokens += [token.token_id for token in engine.run(scheduled)]
+    return tokens
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1000) for _ in range(length)]
+
+
+PARAMS = SamplingParams(max_tokens=40, temperature=0.0)
+
+
+async def test_streams_equal_an_undisturbed_run() -> None:
+    prompts = [prompt_of(length, length) for length in (1, 15, 16, 17, 100, 400, 33, 64)]
+    async with running_cluster(executor, num_prefill=2, num_decode=2, prefill_tokens=64) as cluster:
+        got = await asyncio.gather(*(cluster.generate(prompt, PARAMS) for prompt in prompts))
+        assert got == [undisturbed(prompt, PARAMS) for prompt in prompts]
+        await cluster.quiesce()
+
+
+async def test_a_request_that_ends_with_its_first_token_needs_no_decode_worker() -> None:
+    async with running_cluster(executor) as cluster:
+        stream = cluster.start(prompt_of(50, 1), SamplingParams(max_tokens=1))
+        deltas = [delta async for delta in stream]
+        assert deltas[-1].finish_reason == FinishReason.LENGTH
+        assert stream.timeline.transfer_blocks == 0
+        await cluster.quiesce()
+
+
+async def test_a_stop_token_sampled_first_ends_the_request_on_both_sides() -> None:
+    prompt = prompt_of(80, 2)
+    first = undisturbed(prompt, PARAMS)[0]
+    async with running_cluster(executor) as cluster:
+        params = SamplingParams(max_tokens=40, stop_token_ids=(first,))
+        deltas = [delta async for delta in cluster.start(prompt, params)]
+        assert [token for delta in deltas for token in delta.token_ids] == [first]
+        assert deltas[-1].finish_reason == FinishReason.STOP
+        await cluster.quiesce()
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
+async def test_leaving_at_any_moment_returns_every_block(transport: str) -> None:
+    """Clients leave after delays that cover queue, prefill, handoff and decode; those who stay are undisturbed."""
+    rng = random.Random(5)
+    stays = [prompt_of(200, 1000 + i) for i in range(6)]
+    async with running_cluster(executor, transport=transport, prefill_tokens=32) as cluster:
+
+        async def leave(delay: float, seed: int) -> None:
+            stream = cluster.start(prompt_of(300, seed), PARAMS)
+            await asyncio.sleep(delay)
+            await stream.aclose()
+
+        leavers = [leave(rng.random() * 0.4, i) for i in range(60)]
+        got, *_ = await asyncio.gather(asyncio.gather(*(cluster.generate(p, PARAMS) for p in stays)), *leavers)
+        assert got == [undisturbed(prompt, PARAMS) for prompt in stays]
+        await cluster.quiesce()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 20])
+async def test_leaving_after_some_tokens_returns_every_block(num_tokens: int) -> None:
+    async with running_cluster(executor) as cluster:
+        stream = cluster.start(prompt_of(100, 9), PARAMS)
+        received = 0
+        while received < num_tokens:
+            received += len((await anext(aiter(stream))).token_ids)
+        await stream.aclose()
+        await cluster.quiesce()
+
+
+async def test_a_request_no_engine_can_serve_is_refused_by_name_and_leaves_nothing() -> None:
+    async with running_cluster(executor) as cluster:
+        with pytest.raises(InvalidRequest) as caught:
+            await cluster.generate([5, 2000], PARAMS)
+        assert caught.value.param == "prompt"
+        await cluster.quiesce()
+
+
+async def test_salted_requests_share_no_blocks_with_others() -> None:
+    prompt = prompt_of(160, 3)
+    async with running_cluster(executor) as cluster:
+
+        async def cached_tokens(salt: str) -> int:
+            stream = cluster.start(prompt, PARAMS, cache_salt=salt)
+            async for _ in stream:
+                pass
+            return stream.timeline.cached_tokens
+
+        assert [await cached_tokens(salt) for salt in ("", "", "a", "a", "")] == [0, 144, 0, 144, 144]
+
+
+async def test_a_worker_that_is_gone_is_replaced_in_mid_stream() -> None:
+    prompts = [prompt_of(150, 50 + i) for i in range(8)]
+    async with running_cluster(executor, num_prefill=2, num_decode=2) as cluster:
+        streams = [cluster.start(prompt, PARAMS) for prompt in prompts]
+
+        async def consume(stream: object) -> list[int]:
+            return [token for delta in [d async for d in stream] for token in delta.token_ids]  # type: ignore[attr-defined]
+
+        tasks = [asyncio.create_task(consume(stream)) for stream in streams]
+        await asyncio.sleep(0.03)
+        await cluster.decode[0].stop()
+        await cluster.prefill[0].stop()
+        assert await asyncio.gather(*tasks) == [undisturbed(prompt, PARAMS) for prompt in prompts]
+        await quiesce_rest(cluster)
+
+
+async def quiesce_rest(cluster: Cluster) -> None:
+    cluster.prefill, cluster.decode = cluster.prefill[1:], cluster.decode[1:]
+    await cluster.quiesce()

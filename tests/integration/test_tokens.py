@@ -1,0 +1,110 @@
+"""Disaggregated tokens == colocated tokens == transformers' tokens, for every family and every way KV can travel."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from engine.executors.torch_executor import TorchConfig, TorchExecutor
+
+from engine.request import SamplingParams
+from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.integration.harness import running_cluster
+
+NUM_TOKENS = 64
+PROMPT_LENGTHS = (37, 90, 5)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: make_checkpoint(root / family, family) for family in FAMILIES}
+
+
+def prompts(vocab_size: int = 512) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(5, vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+def reference(path: Path, prompt: Sequence[int], num_tokens: int = NUM_TOKENS) -> list[int]:
+    """Greedy tokens of transformers in float32; end tokens do not end it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens: list[int] = []
+    ids, past = torch.tensor([list(prompt)]), None
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            out = model(ids, past_key_values=past, use_cache=True)
+            past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+    return tokens
+
+
+def executor(path: Path, block_size: int = 16, num_blocks: int = 200) -> TorchExecutor:
+    config = TorchConfig(
+        dtype="float32", block_size=block_size, num_blocks=num_blocks, max_model_len=512, layers_per_group=1
+    )
+    return TorchExecutor(path, config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("transport", "prefill_tokens"), [("shared_memory", 512), ("tcp", 16)], ids=["shared-memory-whole", "tcp-chunked"]
+)
+async def test_greedy_tokens_equal_the_reference(
+    checkpoints: dict[str, Path], family: str, transport: str, prefill_tokens: int
+) -> None:
+    path = checkpoints[family]
+    expected = [reference(path, prompt) for prompt in prompts()]
+    async with running_cluster(
+        lambda _role: executor(path), transport=transport, prefill_tokens=prefill_tokens
+    ) as cluster:
+        first = await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts()))
+        assert first == expected
+        again = [cluster.start(prompt, GREEDY) for prompt in prompts()]  # now both sides hold prefixes
+        for stream, tokens in zip(again, expected, strict=True):
+            assert [token for delta in [d async for d in stream] for token in delta.token_ids] == tokens
+        assert again[1].timeline.cached_tokens >= 80
+        assert again[1].timeline.transfer_blocks <= 1  # only what the decode worker lacks travels
+        await cluster.quiesce()
+
+
+@pytest.mark.parametrize(("prefill_block", "decode_block"), [(16, 4), (4, 16), (8, 32)])
+async def test_block_sizes_may_differ_between_the_pools(
+    checkpoints: dict[str, Path], prefill_block: int, decode_block: int
+) -> None:
+    path = checkpoints["llama"]
+    sizes = {"prefill": prefill_block, "decode": decode_block}
+    expected = [reference(path, prompt) for prompt in prompts()]
+    async with running_cluster(lambda role: executor(path, sizes[role]), transport="tcp", prefill_tokens=48) as cluster:
+        for _ in range(2):
+            assert await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts())) == expected
+        await cluster.quiesce()
+
+
+async def test_sampled_text_depends_on_the_seed_and_on_nothing_else(checkpoints: dict[str, Path]) -> None:
+    path = checkpoints["qwen2"]
+    params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=32, ignore_eos=True, presence_penalty=0.5)
+    prompt = prompts()[0]
+    async with running_cluster(lambda _role: executor(path)) as cluster:
+        alone = await cluster.generate(prompt, params, seed=11)
+        crowd = await asyncio.gather(*(cluster.generate(prompt, params, seed=seed) for seed in (11, 12, 11, 13)))
+        assert crowd[0] == crowd[2] == alone
+        assert len({tuple(tokens) for tokens in crowd}) == 3
+    async with running_cluster(lambda _role: executor(path), local_prefill_max_tokens=500) as colocated:
+        assert await colocated.generate(prompt, params, seed=11) == alone
+
+
+async def test_more_sequences_than_the_pool_holds_all_finish_with_their_own_tokens(
+    checkpoints: dict[str, Path],
+) -> None:
+    """The decode pool holds fewer blocks than the requests need together: some are preempted and recomputed."""
+    path = checkpoints["llama"]
+    texts = [[5 + (i * 7 + j) % 500 for j in range(40)] for i in range(12)]
+    expected = [reference(path, prompt, 48) for prompt in texts]
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    async with running_cluster(lambda role: executor(path, num_blocks=32 if role == "decode" else 200)) as cluster:
+        assert await asyncio.gather(*(cluster.generate(prompt, params) for prompt in texts)) == expected
+        await cluster.quiesce()

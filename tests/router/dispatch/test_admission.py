@@ -1,0 +1,88 @@
+import random
+
+import pytest
+
+from router.admission import Admission, AdmissionConfig
+from router.generation import Overloaded
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_priority_then_arrival_and_a_retry_keeps_its_place():
+    queue = Admission(AdmissionConfig(), Clock())
+    for entry, priority in (("a", 1), ("b", 0), ("c", 1), ("d", 0)):
+        queue.add(entry, priority)
+    assert [queue.take(), queue.take()] == ["b", "d"]
+    queue.put_back("b")
+    assert queue.head() == "b"
+    assert [queue.take() for _ in range(3)] == ["b", "a", "c"]
+    assert queue.head() is None
+
+
+def test_the_newest_is_refused_when_more_wait_than_may():
+    queue = Admission(AdmissionConfig(max_queue=1), Clock())
+    queue.add("a", 0)
+    queue.refuse_excess("a")
+    queue.add("b", -1)
+    with pytest.raises(Overloaded):
+        queue.refuse_excess("b")
+    assert queue.waiting() == ["a"]
+    assert queue.head() == "a"
+
+
+def test_as_many_run_as_may():
+    queue = Admission(AdmissionConfig(max_running=1), Clock())
+    queue.add("a", 0)
+    queue.add("b", 0)
+    queue.take()
+    assert queue.head() is None
+    queue.release("a")
+    assert queue.head() == "b"
+
+
+def test_retry_after_follows_the_recent_completion_rate():
+    clock = Clock()
+    queue = Admission(AdmissionConfig(), clock)
+    assert queue.retry_after() == 1.0
+    for entry in range(10):
+        queue.add(entry, 0)
+        queue.take()
+        clock.now += 2.0
+        queue.release(entry)
+    queue.add("waiting", 0)
+    assert 3.0 <= queue.retry_after() <= 4.0  # two to go, one every 2 s
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_agrees_with_a_sorted_list(seed):
+    rng = random.Random(seed)
+    queue = Admission(AdmissionConfig(max_running=5), Clock())
+    waiting: dict[int, tuple[int, int]] = {}
+    running: dict[int, tuple[int, int]] = {}
+    for entry in range(3000):
+        match rng.randrange(5):
+            case 0 | 1:
+                order = (rng.randrange(3), entry)
+                queue.add(entry, order[0])
+                waiting[entry] = order
+            case 2 if waiting and len(running) < 5:
+                first = min(waiting, key=waiting.get)
+                assert queue.head() == first
+                assert queue.take() == first
+                running[first] = waiting.pop(first)
+            case 3 if running:
+                back = rng.choice(list(running))
+                queue.put_back(back)
+                waiting[back] = running.pop(back)
+            case 4 if waiting or running:
+                over = rng.choice([*waiting, *running])
+                queue.release(over)
+                waiting.pop(over, None)
+                running.pop(over, None)
+        assert (queue.num_waiting, queue.num_running) == (len(waiting), len(running))
+        assert len(queue._heap) <= 2 * len(waiting) + 65

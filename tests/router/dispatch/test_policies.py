@@ -1,0 +1,160 @@
+import dataclasses
+import random
+
+import pytest
+
+from protos import worker_pb2 as pb
+from router.cluster_view import ClusterView, WorkerState, WorkerView
+from router.policies import LeastLoaded, PrefixAware, RequestFacts, RoundRobin
+
+POLICIES = [RoundRobin(), LeastLoaded(), PrefixAware()]
+
+
+def worker(worker_id: str, **changes) -> WorkerView:
+    view = WorkerView(
+        id=worker_id,
+        role="prefill" if worker_id.startswith("p") else "decode",
+        fingerprint="f",
+        block_size=16,
+        num_blocks=1000,
+        max_num_seqs=64,
+        seq_limit=96,
+        num_seqs=0,
+        num_free_blocks=1000,
+        num_waiting_tokens=0,
+        num_pending=0,
+    )
+    return dataclasses.replace(view, **changes)
+
+
+def view(*workers: WorkerView) -> ClusterView:
+    return ClusterView(
+        prefill=tuple(each for each in workers if each.role == "prefill"),
+        decode=tuple(each for each in workers if each.role == "decode"),
+    )
+
+
+def facts(num_tokens: int = 1000, **changes) -> RequestFacts:
+    return RequestFacts(**{"num_tokens": num_tokens, "max_new_tokens": 100, "turn": 0, **changes})
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_decode_worker_means_no_decision(policy):
+    assert policy.choose(facts(), {}, view(worker("p0"))) is None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_without_prefill_worker_decode_prefills(policy):
+    assert policy.choose(facts(), {}, view(worker("d0"))).prefill is None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_decode_worker_without_blocks_or_slots_gets_nothing(policy):
+    full = worker("d0", num_seqs=1, num_free_blocks=60)
+    crowded = worker("d1", num_seqs=96)
+    assert policy.choose(facts(), {}, view(worker("p0"), full, crowded)) is None
+    assert policy.choose(facts(), {}, view(worker("p0"), full, crowded, worker("d2"))).decode == "d2"
+
+
+def test_blocks_already_on_the_decode_worker_need_no_room():
+    nearly_full = worker("d0", num_seqs=1, num_free_blocks=10)
+    assert PrefixAware().choose(facts(), {"d0": 992}, view(nearly_full)).decode == "d0"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_empty_worker_gets_even_what_cannot_fit_so_that_it_can_refuse_it(policy):
+    assert policy.choose(facts(10**6), {}, view(worker("d0"))).decode == "d0"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equal_workers_take_turns(policy):
+    workers = view(*(worker(each) for each in ("p0", "p1", "p2", "d0", "d1", "d2")))
+    decisions = [policy.choose(facts(turn=turn), {}, workers) for turn in range(6)]
+    assert sorted(each.prefill for each in decisions) == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    assert sorted(each.decode for each in decisions) == ["d0", "d0", "d1", "d1", "d2", "d2"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_workers_that_just_failed_are_avoided_unless_nobody_else_can_decode(policy):
+    workers = view(*(worker(each) for each in ("p0", "p1", "d0", "d1")))
+    for turn in range(4):
+        decision = policy.choose(facts(turn=turn, excluded=frozenset({"p0", "d1"})), {}, workers)
+        assert (decision.prefill, decision.decode) == ("p1", "d0")
+    decision = policy.choose(facts(excluded=frozenset({"p0", "d0"})), {}, view(worker("p0"), worker("d0")))
+    assert (decision.prefill, decision.decode) == (None, "d0")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fingerprints_of_a_pair_are_equal(policy):
+    rng = random.Random(1)
+    for turn in range(200):
+        workers = [worker(f"{role}{i}", fingerprint=rng.choice("abc")) for role in "pd" for i in range(4)]
+        by_id = {each.id: each for each in workers}
+        decision = policy.choose(facts(turn=turn), {}, view(*workers))
+        if decision.prefill is not None:
+            assert by_id[decision.prefill].fingerprint == by_id[decision.decode].fingerprint
+
+
+def test_prefix_aware_goes_where_the_prefix_is_until_the_queue_there_is_longer():
+    def choose(queue: int) -> str | None:
+        workers = view(worker("p0", num_waiting_tokens=queue), worker("p1"), worker("d0"))
+        return PrefixAware().choose(facts(), {"p0": 800}, workers).prefill
+
+    assert (choose(0), choose(799), choose(801)) == ("p0", "p0", "p1")
+
+
+def test_prefix_aware_prefers_the_decode_worker_that_holds_the_prefix_while_loads_are_equal():
+    decoders = [worker("d0"), worker("d1")]
+    assert PrefixAware().choose(facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d1"
+    decoders[1] = worker("d1", num_seqs=10)
+    assert PrefixAware().choose(facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d0"
+
+
+def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_prefilling():
+    def choose(policy: PrefixAware, matched: int, waiting: int = 0) -> str | None:
+        workers = view(worker("p0"), worker("d0", num_waiting_tokens=waiting))
+        return policy.choose(facts(), {"d0": matched, "p0": 992}, workers).prefill
+
+    assert choose(PrefixAware(), 944) is None
+    assert choose(PrefixAware(), 928) == "p0"
+    assert choose(PrefixAware(), 944, waiting=500) == "p0"
+    assert choose(PrefixAware(local_prefill_max_tokens=0), 992) == "p0"
+
+
+def test_a_burst_between_two_reports_spreads_over_the_workers():
+    states = [
+        WorkerState(
+            each, pb.Description(role=role, fingerprint="f", block_size=16, num_blocks=1000, max_num_seqs=64), 1.5
+        )
+        for role, ids in (("prefill", ("p0", "p1")), ("decode", ("d0", "d1")))
+        for each in ids
+    ]
+    for state in states:
+        state.report(pb.Load(num_free_blocks=1000))
+    by_id = {state.worker_id: state for state in states}
+    chosen = []
+    for turn in range(8):
+        decision = PrefixAware().choose(facts(turn=turn), {}, view(*(state.view() for state in states)))
+        by_id[decision.prefill].reserve(turn, 1000, 0)
+        by_id[decision.decode].reserve(turn, 0, 63)
+        chosen += [decision.prefill, decision.decode]
+    assert {each: chosen.count(each) for each in chosen} == {"p0": 4, "p1": 4, "d0": 4, "d1": 4}
+
+
+def test_a_reservation_counts_until_the_workers_own_report_covers_it():
+    state = WorkerState("d0", pb.Description(role="decode", block_size=16, num_blocks=100, max_num_seqs=4), 1.5)
+    report = pb.Load(num_free_blocks=100)
+    state.report(report)
+    state.reserve(1, 500, 40)
+    for _ in range(3):  # not sent yet: no report can know it
+        state.report(report)
+        assert (state.view().num_seqs, state.view().num_free_blocks, state.view().num_waiting_tokens) == (1, 60, 500)
+    state.sent(1)
+    state.report(report)
+    assert state.view().num_pending == 1
+    state.report(report)
+    assert state.view().num_pending == 0
+    state.reserve(2, 0, 10)
+    state.counted(2)
+    state.counted(2)
+    assert (state.view().num_seqs, state.view().seq_limit) == (0, 6)

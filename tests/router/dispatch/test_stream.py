@@ -1,0 +1,66 @@
+import itertools
+import random
+
+import pytest
+
+from engine.request import FinishReason
+from router.stream import TokenStream
+
+
+def stream(max_tokens: int = 100) -> TokenStream:
+    return TokenStream(max_tokens, 0.0, lambda: 1.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_pieces_in_any_order_and_overlap_come_out_once_and_in_order(seed):
+    rng = random.Random(seed)
+    tokens = [rng.randrange(1000) for _ in range(30)]
+    cuts = sorted({0, 30, *rng.sample(range(30), 8)})
+    pieces = list(itertools.pairwise(cuts)) + [(start, start + 3) for start in rng.sample(range(27), 5)]
+    rng.shuffle(pieces)
+    under_test = stream()
+    received = []
+    for start, end in pieces:
+        under_test.accept(start, tokens[start:end], [], None)
+        if rng.random() < 0.5 and len(under_test.token_ids) > len(received):
+            received += (await anext(under_test)).token_ids
+    assert under_test.accept(30, [7], [], FinishReason.STOP)
+    delta = await anext(under_test)
+    assert received + delta.token_ids == [*tokens, 7]
+    assert delta.finish_reason is FinishReason.STOP
+    with pytest.raises(StopAsyncIteration):
+        await anext(under_test)
+
+
+async def test_what_arrived_before_an_error_is_delivered_before_it():
+    under_test = stream()
+    under_test.accept(0, [1, 2], [], None)
+    under_test.fail(ValueError("broken"))
+    assert (await anext(under_test)).token_ids == [1, 2]
+    with pytest.raises(ValueError, match="broken"):
+        await anext(under_test)
+
+
+async def test_early_pieces_of_an_attempt_that_is_over_are_not_used():
+    under_test = stream()
+    under_test.accept(1, [99], [], None)
+    under_test.discard_early()
+    under_test.accept(0, [1], [], None)
+    assert under_test.token_ids == [1]
+
+
+async def test_a_finish_without_tokens_is_delivered():
+    under_test = stream()
+    under_test.finish(FinishReason.LENGTH)
+    delta = await anext(under_test)
+    assert (delta.token_ids, delta.finish_reason) == ([], FinishReason.LENGTH)
+
+
+async def test_closing_runs_the_callback_and_ends_the_iteration():
+    under_test, closed = stream(), []
+    under_test.on_close(lambda: closed.append(True))
+    under_test.accept(0, [1], [], None)
+    await under_test.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(under_test)
+    assert closed == [True]
