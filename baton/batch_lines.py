@@ -83,9 +83,7 @@ def _batch_job(url: str | None, body: bytes, defaults: SamplingParams) -> Job:
     if url == COMPLETION_URL:
         completion = decode_body(body, CompletionBody)
         refuse_unsupported(completion)
-        prompt = completion.prompt
-        if not isinstance(prompt, str):
-            prompt = decode_body(body, _Prompt).prompt  # one prompt a line: its output has one body
+        prompt = decode_body(body, _Prompt).prompt  # one prompt a line: its output has one body
         return Job(prompt, _params(defaults, _given(completion)))
     raise InvalidRequest(f"url must be {COMPLETION_URL} or {CHAT_URL}, not {url!r}", param="url")
 

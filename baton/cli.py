@@ -17,11 +17,13 @@ import typer
 from rich.console import Console
 
 from baton.chat import chat_command
+from baton.demo import demo_command
 from baton.generate import generate_command
 from cluster.run_dir import with_run_dir
 from cluster.spec import ClusterSpec, Role
 from cluster.spec_errors import SpecError
 from cluster.spec_file import explained_yaml, load_spec, parse_spec, plain_data
+from cluster.supervisor import ClusterFailed
 
 DISTRIBUTION = "baton-serve"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -40,14 +42,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("demo")(demo_command)
 app.command("chat")(chat_command)
 app.command("generate")(generate_command)
 
 
 def main() -> None:
     """Entry point: what users can correct is said in words, without a traceback."""
-    from cluster.launcher import ClusterFailed
-
     try:
         app()
     except SpecError as error:
@@ -73,7 +74,7 @@ def _load(path: Path, port: int | None = None) -> ClusterSpec:
 
 @app.command()
 def up(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The cluster's spec. One line is enough: model: PATH.")],
+    spec: Annotated[Path, typer.Argument(help="The cluster's spec. One line is enough: model: PATH.")],
     port: Annotated[int | None, typer.Option(help="HTTP port, instead of the spec's; 0: any free one.")] = None,
 ) -> None:
     """Start a whole cluster on this machine and serve until Ctrl-C."""
@@ -130,7 +131,7 @@ def _log(verbose: bool) -> None:
 
 @app.command()
 def status(
-    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="Spec of a cluster on this machine.")] = None,
+    spec: Annotated[Path | None, typer.Argument(help="Spec of a cluster on this machine.")] = None,
     url: Annotated[str | None, typer.Option(help=f"Router to ask. [default: {DEFAULT_URL}]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the router's answer as it is.")] = False,
     api_key: Annotated[str | None, typer.Option(envvar="BATON_API_KEY", help="The server's key.")] = None,
@@ -151,7 +152,7 @@ def status(
 
 @app.command("spec")
 def spec_command(
-    path: Annotated[Path | None, typer.Argument(metavar="[SPEC]", help="A spec; without it, the defaults.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="SPEC", help="A spec; without it, the defaults.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say whether SPEC is right.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema, for editors and charts.")] = False,
     show: Annotated[

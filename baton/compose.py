@@ -6,19 +6,39 @@ The only place that sees the spec, the registry, the executors, the transports a
 import asyncio
 import logging
 import os
-import random
 import signal
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry
 
 from cluster.checkpoint import resolve_model
 from cluster.credentials import read_api_key, read_token
 from cluster.registry.base import WorkerRecord
 from cluster.registry.open import open_registry
 from cluster.spec import ClusterSpec, PoolSettings, Role, threads_per_worker, worker_id
+from decode_workers.server import DecodeServer
 from engine.executors.base import Executor
+from engine.model_config import load_model_config
 from engine.scheduler import SchedulerConfig
 from engine.server import WorkerIdentity
+from kv_transfer.fingerprint import fingerprint
+from kv_transfer.sink import SinkConfig
+from kv_transfer.source import SourceConfig
+from kv_transfer.transports.base import ServerTransport, SinkTransport
+from kv_transfer.transports.shared_memory import SharedMemoryServer, SharedMemorySink, host_boot_id
+from kv_transfer.transports.tcp import TcpSink
+from kv_transfer.transports.tcp_server import TcpServer
+from prefill_workers.server import PrefillServer
+from router.admission import AdmissionConfig
+from router.dispatcher import Dispatcher, DispatcherConfig
+from router.generation import ModelCard
+from router.http import Front, FrontConfig
+from router.metrics import Metrics
+from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingPolicy
+from router.server import serve
+from router.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -56,3 +76,158 @@ def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
 
 def scheduler_config(pool: PoolSettings) -> SchedulerConfig:
     return SchedulerConfig(max_batch_tokens=pool.scheduler.max_batch_tokens, max_num_seqs=pool.scheduler.max_num_seqs)
+
+
+async def run_router(spec: ClusterSpec, *, index: int = 0) -> None:
+    """Serve HTTP until SIGTERM or SIGINT, then let running requests finish."""
+    tokenizer = load_tokenizer(resolve_model(spec.model))
+    token, api_key = read_token(spec), read_api_key(spec)
+    registry = open_registry(spec)
+    dispatcher = Dispatcher(
+        registry,
+        _policy(spec),
+        DispatcherConfig(admission=AdmissionConfig(max_queue=spec.router.max_queue)),
+        model=spec.public_model_name,
+        token=token,
+        secret=token,
+        router_id=f"router-{index}",
+        clock=time.monotonic,
+    )
+    front = Front(
+        dispatcher,
+        model_card(spec),
+        tokenizer,
+        Metrics(CollectorRegistry(), spec.public_model_name),
+        FrontConfig(
+            max_body_bytes=spec.router.max_body_bytes,
+            request_timeout_s=spec.router.request_timeout_s,
+            api_keys=(api_key,) if api_key else (),
+        ),
+        status=dispatcher.status,
+    )
+    running = asyncio.create_task(dispatcher.run())
+    try:
+        with _stop_signals() as stop:
+            running.add_done_callback(lambda _task: stop.set())  # a router without its dispatcher is no use
+            await serve(front, spec.router.host, spec.router.port, stop=stop)
+    finally:
+        await dispatcher.close()
+        front.close()
+        await registry.aclose()
+    running.result()
+
+
+def model_card(spec: ClusterSpec) -> ModelCard:
+    """What the HTTP front says and checks of the model; the workers have the last word."""
+    if spec.engine == "simulated":
+        simulated = spec.simulated
+        max_model_len = spec.max_model_len or simulated.max_model_len
+        return ModelCard(spec.public_model_name, simulated.vocab_size, max_model_len, ())
+    config = load_model_config(resolve_model(spec.model))
+    max_model_len = spec.max_model_len or config.max_position_embeddings
+    return ModelCard(spec.public_model_name, config.vocab_size, max_model_len, config.eos_token_ids)
+
+
+def _policy(spec: ClusterSpec) -> RoutingPolicy:
+    match spec.router.policy:
+        case "round_robin":
+            return RoundRobin()
+        case "least_loaded":
+            return LeastLoaded()
+        case "prefix_aware":
+            return PrefixAware(local_prefill_max_tokens=spec.router.local_prefill_max_tokens)
+
+
+def run_worker(spec: ClusterSpec, role: Role, *, index: int) -> None:
+    """Serve one worker until SIGTERM or SIGINT, then drain. Raises RuntimeError when its engine ends by itself."""
+    pool = spec.pool(role)
+    executor = make_executor(spec, pool)  # before the loop, for it blocks for as long as loading takes
+    asyncio.run(_serve_worker(spec, pool, executor, index))
+
+
+async def _serve_worker(spec: ClusterSpec, pool: PoolSettings, executor: Executor, index: int) -> None:
+    role = pool.role
+    identity = WorkerIdentity(
+        worker_id=worker_id(role, index),
+        epoch=str(time.time_ns()),
+        model=spec.public_model_name,
+        bind_host=pool.host,
+        port=pool.port,
+        token=read_token(spec),
+    )
+    make_server = _prefill_server if role == "prefill" else _decode_server
+    server = make_server(spec, pool, identity, executor)
+    registry = open_registry(spec)
+    record = WorkerRecord(worker_id(role, index), role, server.address, int(identity.epoch), spec.public_model_name)
+    try:
+        await server.start()
+        with _stop_signals() as stop:
+            async with registry.register(record):
+                log.info("%s serves %s at %s", record.worker_id, record.model, record.address)
+                ended = asyncio.create_task(server.wait())
+                asked = asyncio.create_task(stop.wait())
+                await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+                asked.cancel()
+                if ended.done():
+                    raise RuntimeError("the engine's loop has ended; its error is above")
+                ended.cancel()
+                await server.drain(DRAIN_GRACE_S)
+    finally:
+        await server.stop()
+        await registry.aclose()
+
+
+def _prefill_server(
+    spec: ClusterSpec, pool: PoolSettings, identity: WorkerIdentity, executor: Executor
+) -> PrefillServer:
+    transports: list[ServerTransport] = []
+    if spec.transfer.transport in ("auto", "shared_memory"):
+        transports.append(SharedMemoryServer(executor.memory))
+    if spec.transfer.transport in ("auto", "tcp"):
+        transports.append(TcpServer(executor.memory, host=pool.host, token=identity.token))
+    return PrefillServer(
+        identity,
+        executor,
+        scheduler_config(pool),
+        transports,
+        SourceConfig(lease_s=spec.transfer.lease_s),
+        _fingerprint(executor, identity),
+        hash_secret=identity.token,
+    )
+
+
+def _decode_server(spec: ClusterSpec, pool: PoolSettings, identity: WorkerIdentity, executor: Executor) -> DecodeServer:
+    transports: list[SinkTransport] = []  # best first
+    if spec.transfer.transport in ("auto", "shared_memory"):
+        transports.append(SharedMemorySink())
+    if spec.transfer.transport in ("auto", "tcp"):
+        transports.append(TcpSink(identity.token))
+    return DecodeServer(
+        identity,
+        executor,
+        scheduler_config(pool),
+        transports,
+        SinkConfig(silence_s=spec.transfer.silence_s),
+        _fingerprint(executor, identity),
+        boot_id=host_boot_id(),
+        hash_secret=identity.token,
+        pull_timeout_s=spec.transfer.pull_timeout_s,
+    )
+
+
+def _fingerprint(executor: Executor, identity: WorkerIdentity) -> str:
+    return fingerprint(executor.model_hash, [executor.layout], identity.token.encode())
+
+
+@contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

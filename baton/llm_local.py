@@ -5,24 +5,28 @@ token is computed. A job's sequences are in the engine from `_begin` until each 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from secrets import randbits
 from threading import Thread
 
-from engine.engine import Engine, TokenOutput
-from engine.executors.torch_executor import TorchConfig, TorchExecutor
-from engine.scheduler import SchedulerConfig
+from rich.console import Console
 
 from baton.outputs import Completion, Conversation, Increment, Job, OnEnd, OnEvent, RequestOutput
+from baton.progress import loading_bar
 from cluster.checkpoint import resolve_model
 from cluster.spec import parse_size
+from engine.engine import Engine, TokenOutput
 from engine.errors import InvalidRequest
 from engine.executors.base import Executor, TokenLogprobs
+from engine.executors.torch_executor import TorchConfig, TorchExecutor, choose_dtype
 from engine.inbox import Inbox
+from engine.kv.layout import KvLayout
+from engine.model_config import load_model_config
 from engine.request import FinishReason, Request, RequestId
+from engine.scheduler import SchedulerConfig
 from router.detokenizer import TextStream
 from router.params import choice_seed, request_seed
 from router.prompts import check_ids
@@ -49,19 +53,25 @@ def local_backend(model: str, config: LocalConfig) -> "LocalBackend":
     memory = parse_size(config.kv_cache_memory)
     if not isinstance(memory, int) or memory < 1:
         raise ValueError(f"kv_cache_memory must be a size such as 512MiB, not {config.kv_cache_memory!r}")
-    tokenizer = load_tokenizer(path)
-    executor = TorchExecutor(
-        path,
-        TorchConfig(
-            dtype=config.dtype,
-            block_size=config.block_size,
-            kv_memory=memory,
-            max_model_len=config.max_model_len,
-            num_threads=config.threads,
-        ),
-    )
     limits = SchedulerConfig(max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs)
+    tokenizer = load_tokenizer(path)
+    sizes = TorchConfig(
+        num_blocks=1,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        num_threads=config.threads,
+    )
+    sizes = replace(sizes, num_blocks=memory // _block_bytes(path, sizes))
+    with loading_bar(Console(stderr=True)) as progress:
+        executor = TorchExecutor(path, sizes, progress)
     return LocalBackend(executor, limits, tokenizer, randbits)
+
+
+def _block_bytes(path: Path, config: TorchConfig) -> int:
+    model = load_model_config(path)
+    dtype = choose_dtype(config, model)
+    return KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype).block_bytes
 
 
 class LocalBackend:
@@ -72,7 +82,7 @@ class LocalBackend:
     ) -> None:
         self.max_in_flight = 2 * limits.max_num_seqs  # one batch runs, the next is ready
         self._executor = executor
-        self._engine = Engine(executor, limits, secret=b"", model=executor.model_hash)  # nobody to keep apart
+        self._engine = Engine(executor, limits, secret="", model=executor.model_hash)  # nobody to keep apart
         self._tokenizer = tokenizer
         self._draw_bits = draw_bits
         self._names = count()
@@ -124,7 +134,7 @@ class LocalBackend:
         return tuple(job.prompt)
 
     def _check_length(self, prompt: tuple[int, ...], max_tokens: int) -> None:
-        limit = self._engine.max_model_len
+        limit = self._executor.max_model_len
         if len(prompt) + max_tokens > limit:
             raise InvalidRequest(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}: together more than the model's "
@@ -157,11 +167,12 @@ class LocalBackend:
         try:
             self._submit(generation.choices[0])
         except InvalidRequest as error:
+            del self._active[generation.choices[0].request.id]
             generation.on_end(error)
 
     def _submit(self, choice: "_Choice") -> None:
+        self._active[choice.request.id] = choice  # first, so that it hears of any failure
         self._engine.submit(choice.request)
-        self._active[choice.request.id] = choice
 
     def _deliver(self, token: TokenOutput) -> None:
         choice = self._active.get(token.request_id)
@@ -243,12 +254,15 @@ class _Choice:
         elif self.finish_reason is FinishReason.STOP and token.token_id in self.request.params.stop_token_ids:
             self._stop_reason = token.token_id
         logprobs = None if self._logprobs is None else self._logprobs[-1:]
-        return Increment(self._index, text, [token.token_id], self.finish_reason, logprobs, self._stop_reason)
+        return Increment(self._index, text, [token.token_id], self._reason(), logprobs, self._stop_reason)
 
     def completion(self) -> Completion:
         return Completion(
-            self._index, "".join(self._texts), self._token_ids, self.finish_reason, self._logprobs, self._stop_reason
+            self._index, "".join(self._texts), self._token_ids, self._reason(), self._logprobs, self._stop_reason
         )
+
+    def _reason(self) -> str | None:
+        return None if self.finish_reason is None else self.finish_reason.value
 
     def _stop_string(self) -> str:
         params = self.request.params

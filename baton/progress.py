@@ -1,10 +1,18 @@
-"""The progress bar of offline generation: requests done, tokens produced, tokens a second."""
+"""Progress bars of offline generation: weights loaded, then requests done and tokens a second."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from baton.outputs import RequestOutput
 
@@ -36,3 +44,12 @@ def throughput_bar(console: Console, total: int | None, *, enabled: bool) -> Ite
             bar.update(task, advance=1, tokens=num_tokens, rate=num_tokens / elapsed if elapsed else 0.0)
 
         yield count
+
+
+@contextmanager
+def loading_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Yields the function that is told the bytes loaded and the bytes in all. Gone when done; terminals only."""
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda loaded, total: bar.update(task, completed=loaded, total=total)

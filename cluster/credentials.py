@@ -22,9 +22,9 @@ def _read_secret(field: str, path: str | None) -> str:
         return ""
     try:
         mode = Path(path).stat().st_mode
-        secret = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError([f"{field}: {path!r} cannot be read: {error}"]) from None
+        secret = Path(path).read_bytes().strip().decode("latin-1")
+    except OSError as error:
+        raise SpecError([f"{field}: {path!r} cannot be read: {error.strerror}"]) from None
     if mode & stat.S_IRWXO:
         raise SpecError([f"{field}: {path!r} is open to every user of the machine; run: chmod o= {path}"])
     if not secret:

@@ -7,7 +7,6 @@ supervise, stop. What the processes read is the spec in effect, written to the r
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -22,21 +21,20 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster.checkpoint import resolve_model
 from cluster.process import Command, ending, last_lines
+from cluster.registry.file_store import clear_leases
 from cluster.registry.open import lease_directory, open_registry
 from cluster.run_dir import locked, prepare_run_dir, with_run_dir
 from cluster.spec import ClusterSpec, Role, threads_per_worker, worker_id
 from cluster.spec_errors import SpecError
 from cluster.spec_file import save_spec
-from cluster.supervisor import GRACE_S, Ended, Supervisor
+from cluster.supervisor import GRACE_S, ClusterFailed, Ended, Supervisor
 from router.membership import Joined
 
 START_TIMEOUT_S = 1800.0  # loading a large checkpoint from a slow disk
 READY_INTERVAL_S = 0.1
+SPEC_NAME = "spec-in-effect.yaml"
+PROGRAM = (sys.executable, "-m", "baton")
 ROLES: tuple[Role, Role] = ("prefill", "decode")
-
-
-class ClusterFailed(Exception):
-    """The cluster did not come up. The message quotes the log of the process at fault."""
 
 
 def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpec:
@@ -50,9 +48,9 @@ def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpe
     if spec.router.port == 0:
         router = spec.router.model_copy(update={"port": _free_port(spec.router.host)})
         spec = spec.model_copy(update={"router": router})
-    if "torch" in {spec.pool(role).engine for role in ROLES}:  # before any process starts: a download happens once
-        model = {"model": str(resolve_model(spec.model)), "served_model_name": spec.public_model_name}
-        spec = spec.model_copy(update=model)
+    # Before any process starts, so that a hub id is downloaded once and a wrong one is refused at once.
+    model = {"model": str(resolve_model(spec.model)), "served_model_name": spec.public_model_name}
+    spec = spec.model_copy(update=model)
     return with_run_dir(spec, environ)
 
 
@@ -68,12 +66,14 @@ def router_url(spec: ClusterSpec) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{spec.router.port}"
 
 
-def commands(spec: ClusterSpec, spec_path: Path, environ: Mapping[str, str]) -> list[Command]:
+def commands(
+    spec: ClusterSpec, spec_path: Path, environ: Mapping[str, str], program: Sequence[str] = PROGRAM
+) -> list[Command]:
     """The processes of a cluster, router first."""
     num_cores = len(os.sched_getaffinity(0))
 
     def command(name: str, role: str, index: int, threads: int) -> Command:
-        argv = (sys.executable, "-m", "baton", role, "--spec", str(spec_path), "--index", str(index))
+        argv = (*program, role, "--spec", str(spec_path), "--index", str(index))
         # The libraries below torch read this once, when they are loaded.
         settings = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         return Command(name, argv, {**environ, **settings}, spec_path.parent / "logs" / f"{name}.log")
@@ -100,6 +100,7 @@ class LocalCluster:
         progress: bool = False,
         report: Callable[[Ended], None] = lambda ended: print(ended, file=sys.stderr),
         environ: Mapping[str, str] = os.environ,  # what children inherit, and where the run directory may be named
+        program: Sequence[str] = PROGRAM,
         timeout_s: float = START_TIMEOUT_S,
         grace_s: float = GRACE_S,
     ) -> None:
@@ -108,7 +109,7 @@ class LocalCluster:
         self.run_dir = Path(self.spec.run_dir or "")
         self._progress = progress
         self._report = report
-        self._environ = environ
+        self._commands = commands(self.spec, self.run_dir / SPEC_NAME, environ, program)
         self._timeout_s = timeout_s
         self._grace_s = grace_s
         self._exits = AsyncExitStack()
@@ -125,7 +126,8 @@ class LocalCluster:
             prepare_run_dir(self.run_dir)
             exits.enter_context(locked(self.run_dir))
             self._ended_early = asyncio.get_running_loop().create_future()
-            self._supervisor = Supervisor(self._prepared_commands(), self._ended, grace_s=self._grace_s)
+            self._write_run_dir()
+            self._supervisor = Supervisor(self._commands, self._ended, grace_s=self._grace_s)
             await exits.enter_async_context(self._supervisor)
             await self._until_ready(self._ended_early)
             self._ended_early = None
@@ -146,14 +148,14 @@ class LocalCluster:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
-    def _prepared_commands(self) -> list[Command]:
-        spec_path = self.run_dir / "spec.yaml"
-        save_spec(self.spec, spec_path)
-        shutil.rmtree(self.run_dir / "logs", ignore_errors=True)
-        (self.run_dir / "logs").mkdir(mode=0o700)
-        if self.spec.registry == "file":  # leases of an earlier cluster here: nobody else uses this directory
-            shutil.rmtree(lease_directory(self.spec), ignore_errors=True)
-        return commands(self.spec, spec_path, self._environ)
+    def _write_run_dir(self) -> None:
+        """Write the spec in effect, and remove the logs and leases of an earlier cluster; other files stay."""
+        (self.run_dir / "logs").mkdir(mode=0o700, exist_ok=True)
+        for command in self._commands:
+            command.log.unlink(missing_ok=True)
+        if self.spec.registry == "file":
+            clear_leases(lease_directory(self.spec))
+        save_spec(self.spec, self.run_dir / SPEC_NAME)
 
     def _ended(self, ended: Ended) -> None:
         if self._ended_early is None:
@@ -163,7 +165,7 @@ class LocalCluster:
 
     async def _until_ready(self, ended_early: asyncio.Future[Ended]) -> None:
         """Raises ClusterFailed as soon as a process ends."""
-        with _display(self._progress, [command.name for command in commands(self.spec, Path(), {})]) as done:
+        with _display(self._progress, [command.name for command in self._commands]) as done:
             ready = asyncio.create_task(self._ready(done))
             try:
                 first: set[asyncio.Future[Any]] = {ready, ended_early}

@@ -14,6 +14,10 @@ from cluster.process import Child, Command, ending, start
 GRACE_S = 30.0  # what orchestrators give between SIGTERM and SIGKILL, too
 
 
+class ClusterFailed(Exception):
+    """The cluster did not come up. The message quotes the log of the process at fault."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A child ended without being asked to, and will be started again in `restart_in_s`."""
@@ -47,7 +51,7 @@ class Backoff:
 
 
 class Supervisor:
-    """`report` is called for every unasked-for ending. `pids` holds the children that run now."""
+    """`report` is called for every unasked-for ending."""
 
     def __init__(
         self,
@@ -65,15 +69,20 @@ class Supervisor:
         self._backoff = backoff
         self._clock = clock
         self._sleep = sleep
-        self._tasks: list[asyncio.Task[None]] = []
-        self.pids: dict[str, int] = {}
+        self._running: dict[str, Child] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of the children that run now, by name."""
+        return {name: child.pid for name, child in self._running.items()}
 
     async def __aenter__(self) -> Self:
         """Start every child. Raises OSError when a program cannot be run; then none is left running."""
         try:
             for command in self._commands:
-                child = await start(command)
-                self._tasks.append(asyncio.create_task(self._keep(command, child), name=command.name))
+                self._running[command.name] = await start(command)
+                self._keepers.append(asyncio.create_task(self._keep(command), name=command.name))
         except BaseException:
             await self._stop()
             raise
@@ -83,23 +92,24 @@ class Supervisor:
         await self._stop()
 
     async def _stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        # Cancelled while waiting: the tasks are cancelled again, which makes them kill instead of wait.
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Cancelled, it kills what it would have waited for."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        stops = [child.stop(self._grace_s) for child in self._running.values()]
+        await asyncio.gather(*stops, *self._keepers, return_exceptions=True)
+        self._running.clear()
 
-    async def _keep(self, command: Command, child: Child) -> None:
+    async def _keep(self, command: Command) -> None:
+        """Wait for the running child's end and start the next, forever."""
         backoff = self._backoff()
         while True:
-            self.pids[command.name] = child.pid
             started = self._clock()
-            try:
-                status = await child.wait()
-            finally:
-                del self.pids[command.name]
-                await child.stop(self._grace_s)
+            child = self._running[command.name]
+            status = await child.wait()
+            await child.stop(0)  # what it started does not outlive it
+            del self._running[command.name]
             ran_for_s = self._clock() - started
             delay = backoff.after(ran_for_s)
             self._report(Ended(command, status, ran_for_s, delay))
             await self._sleep(delay)
-            child = await start(command)
+            self._running[command.name] = await start(command)

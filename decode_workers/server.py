@@ -40,9 +40,12 @@ class DecodeServer:
         *,
         boot_id: str,
         hash_secret: str,
+        pull_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
+        self._pull_timeout_s = pull_timeout_s
+        self._clock = clock
         self._inbox: Inbox[DecodeCommand] = Inbox()
         self._server = InternalServer(identity)
         self.address = self._server.address
@@ -84,7 +87,7 @@ class DecodeServer:
                 entry.offer,
                 block_ids=entry.block_ids[entry.num_held_tokens // self._executor.layout.block_size :],
                 num_held_tokens=entry.num_held_tokens,
-                deadline=entry.deadline,
+                deadline=min(entry.deadline, self._clock() + self._pull_timeout_s),
             )
             ended = PullEnded(entry.request.id, pulled, None)
         except TransferError as error:

@@ -72,7 +72,7 @@ class Engine:
 
     @property
     def short_of_blocks(self) -> bool:
-        """The last `schedule` left a sequence without the blocks it needs. Who else allocates should let it go first."""
+        """The last `schedule` left a sequence without blocks; who else allocates should let it go first."""
         return self._scheduler.short_of_blocks
 
     def check(self, request: Request) -> None:

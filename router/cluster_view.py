@@ -85,6 +85,8 @@ class WorkerState:
     def view(self) -> WorkerView:
         if self._view is None:
             load, described, pending = self.load, self.description, self._pending.values()
+            # A decode worker's pulls will run there; a prefill worker's leases are over for its engine.
+            num_pulling = load.num_handoffs if described.role == DECODE else 0
             self._view = WorkerView(
                 id=self.worker_id,
                 role=described.role,
@@ -93,7 +95,7 @@ class WorkerState:
                 num_blocks=described.num_blocks,
                 max_num_seqs=described.max_num_seqs,
                 seq_limit=self._seq_limit,
-                num_seqs=load.num_running + load.num_waiting + len(pending),
+                num_seqs=load.num_running + load.num_waiting + num_pulling + len(pending),
                 num_free_blocks=load.num_free_blocks - sum(each.blocks for each in pending),
                 num_waiting_tokens=load.num_waiting_tokens + sum(each.tokens for each in pending),
                 num_pending=len(pending),

@@ -107,7 +107,7 @@ class Planner:
 
     def check_model(self, name: str | None) -> str:
         """The model's name as the client wrote it."""
-        if name is None or name == self._card.name or name in self._card.aliases:
+        if not name or name == self._card.name or name in self._card.aliases:
             return name or self._card.name
         message = f"the model {name[:200]!r} does not exist"
         raise ApiError(404, message, "not_found_error", param="model", code="model_not_found")

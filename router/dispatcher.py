@@ -324,7 +324,6 @@ class Dispatcher:
         known: dict[str, Any] = {
             "id": member.worker_id,
             "role": member.role,
-            "address": member.address,
             "attached": state is not None,
             "usable": session.usable,
             "requests": session.num_open,

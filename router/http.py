@@ -10,7 +10,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -62,6 +62,7 @@ class Front:
         metrics: Metrics,
         config: FrontConfig,
         *,
+        status: Callable[[], Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         draw_bits: Callable[[int], int] = secrets.randbits,
@@ -93,6 +94,9 @@ class Front:
             "/metrics": ("GET", self._show_metrics),
             "/version": ("GET", self._version),
         }
+        if status is not None:
+            self._status = status
+            self._routes["/status"] = ("GET", self._show_status)
 
     def set_api_keys(self, keys: Sequence[str]) -> None:
         """Replace the accepted keys, at any time; none: no authentication. Raises ValueError for an empty key."""
@@ -238,6 +242,10 @@ class Front:
         encode, content_type = exposition.choose_encoder(accept)
         body = encode(self._metrics.registry)
         await exchange.respond(200, body, content_type=content_type.encode())
+
+    async def _show_status(self, exchange: Exchange) -> None:
+        """For operators (`baton status`): needs the key like every other route, and names no address."""
+        await exchange.respond(200, msgspec.json.encode(self._status()))
 
     async def _version(self, exchange: Exchange) -> None:
         try:

@@ -20,6 +20,12 @@ log = logging.getLogger(__name__)
 SUFFIX = ".lease"
 
 
+def clear_leases(directory: Path) -> None:
+    """For whoever starts a fresh cluster in `directory`: its workers are not there yet."""
+    for path in directory.glob(f"*{SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
 class _Stored(msgspec.Struct, frozen=True):
     lease: Lease
     expires_at: float  # wall clock

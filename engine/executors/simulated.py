@@ -1,21 +1,21 @@
-# NOTE to builder "core": a temporary bridge by the lead; replace it with yours (same names).
 """A timing model in place of the math, for router and cluster work with many workers on a small machine.
 
-It keeps the token ids themselves as KV and reads them back to make the next token, so a handoff that moved wrong
-bytes gives wrong tokens here too. The pool's memory is a few bytes a token.
+It keeps the token ids themselves as KV and makes the next token from what it reads back, so a handoff that moved
+wrong bytes gives wrong tokens here too. Greedy and sampled requests get the same tokens.
 """
 
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import xxhash
+from xxhash import xxh3_64_intdigest
 
-from engine.executors.base import Batch, Chunk, Sampled, StepResult, TokenLogprobs
+from engine.executors.base import Batch, Chunk, Sampled, SampleSpec, StepResult, TokenLogprobs
 from engine.kv.layout import KvLayout
 from engine.kv.memory import HostMemory
 
-NUM_READ_BACK = 8  # the next token depends on this many last tokens
+NUM_LAST = 8  # keys read back for each token: the last positions
+NUM_PROBES = 8  # values read back: positions spread evenly over the whole sequence, others in each step
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,61 +27,71 @@ class SimulatedConfig:
     decode_s_per_sequence: float = 0.0001
     kv_read_tokens_per_s: float = 50e6
     vocab_size: int = 32_000
-    first_token_id: int = 256  # tokens it emits are this or above, where the vocabulary has that many
+    first_token_id: int = 256  # it emits this id and above: those below are often control tokens
+    eos_token_ids: tuple[int, ...] = ()  # emitted as any other token, so sequences end at random
     max_model_len: int = 32_768
     block_size: int = 16
     num_blocks: int = 4096
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_token_id < self.vocab_size:
+            raise ValueError(f"first_token_id must be below vocab_size: {self}")
+
 
 def step_seconds(config: SimulatedConfig, batch: Batch) -> float:
-    """How long a step takes: a base, the tokens of prompts, the sequences that decode, and the KV that is read."""
-    prefill = sum(len(chunk.token_ids) for chunk in batch.chunks if len(chunk.token_ids) > 1)
-    num_decodes = sum(len(chunk.token_ids) == 1 for chunk in batch.chunks)
-    kv_tokens = sum(chunk.start for chunk in batch.chunks)
+    """How long a step takes: a base, the tokens of prompts, the sequences that decode, and the KV they read."""
+    num_prefill_tokens = num_decodes = num_read = 0
+    for chunk in batch.chunks:
+        if len(chunk.token_ids) == 1:
+            num_decodes += 1
+        else:
+            num_prefill_tokens += len(chunk.token_ids)
+        num_read += chunk.start
     return (
         config.step_base_s
-        + prefill / config.prefill_tokens_per_s
+        + num_prefill_tokens / config.prefill_tokens_per_s
         + num_decodes * config.decode_s_per_sequence
-        + kv_tokens / config.kv_read_tokens_per_s
+        + num_read / config.kv_read_tokens_per_s
     )
 
 
 class SimulatedExecutor:
     """Implements engine.executors.base.Executor. `sleep` is how its time passes."""
 
-    eos_token_ids: tuple[int, ...] = ()
-
     def __init__(self, config: SimulatedConfig, sleep: Callable[[float], None]) -> None:
         self._config = config
         self._sleep = sleep
-        self.layout = KvLayout(1, 1, 1, config.block_size, "int32")
+        self.layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=config.block_size, dtype="int32")
         self.memory = HostMemory(self.layout, config.num_blocks)
         self.layer_groups: tuple[int, ...] = (1,)
         self.vocab_size = config.vocab_size
-        self.max_model_len = min(config.max_model_len, config.num_blocks * config.block_size)
-        self.model_hash = f"simulated-{config.vocab_size}"
+        self.max_model_len = config.max_model_len
+        self.eos_token_ids = config.eos_token_ids
+        self.model_hash = f"simulated-{config.vocab_size}-{config.first_token_id}"
         self._slots = self.memory.buffer.cast("i")  # [block, k|v, slot]
 
     def step(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> StepResult:
         for chunk in batch.chunks:
             self._write(chunk)
-        if (seconds := step_seconds(self._config, batch)) > 0:
+        seconds = step_seconds(self._config, batch)
+        if seconds > 0:
             self._sleep(seconds)
         if on_group_done is not None:
             on_group_done(0)
-        sampled = [self._next(chunk) if chunk.sample is not None else None for chunk in batch.chunks]
-        prompt_logprobs = [
-            None if chunk.prompt_logprobs is None else [TokenLogprobs(each, 0.0) for each in chunk.next_token_ids]
-            for chunk in batch.chunks
-        ]
-        return StepResult(sampled, prompt_logprobs)
+        return StepResult(
+            [None if chunk.sample is None else self._next(chunk, chunk.sample) for chunk in batch.chunks],
+            [
+                None if chunk.prompt_logprobs is None else [TokenLogprobs(each, 0.0) for each in chunk.next_token_ids]
+                for chunk in batch.chunks
+            ],
+        )
 
     def close(self) -> None:
         self._slots.release()
         self.memory.close()
 
     def _write(self, chunk: Chunk) -> None:
-        """Token ids as keys, in runs of one block."""
+        """The tokens, both as keys and as values, in runs of one block."""
         size = self._config.block_size
         tokens = array("i", chunk.token_ids)
         done = 0
@@ -89,20 +99,24 @@ class SimulatedExecutor:
             block, slot = divmod(chunk.start + done, size)
             count = min(size - slot, len(tokens) - done)
             at = chunk.block_ids[block] * 2 * size + slot
-            self._slots[at : at + count] = tokens[done : done + count]
+            self._slots[at : at + count] = self._slots[at + size : at + size + count] = tokens[done : done + count]
             done += count
 
-    def _next(self, chunk: Chunk) -> Sampled:
-        """A hash of the last tokens, as the KV blocks have them, and of the position."""
-        assert chunk.sample is not None
-        size = self._config.block_size
+    def _next(self, chunk: Chunk, spec: SampleSpec) -> Sampled:
+        """A hash of the position and of what the KV blocks say, the banned tokens left out."""
+        size, slots, block_ids = self._config.block_size, self._slots, chunk.block_ids
         end = chunk.start + len(chunk.token_ids)
-        read_back = array("i")
-        for position in range(max(0, end - NUM_READ_BACK), end):
-            block, slot = divmod(position, size)
-            read_back.append(self._slots[chunk.block_ids[block] * 2 * size + slot])
-        digest = xxhash.xxh3_64_intdigest(read_back.tobytes(), end)
-        first = min(self._config.first_token_id, self.vocab_size - 1)
-        token_id = first + digest % (self.vocab_size - first)
-        wanted = chunk.sample.params.logprobs
+        keys = range(max(0, end - NUM_LAST), end)
+        offset = end * 0x9E3779B1 >> 7  # moves over the sequence from step to step
+        probes = [(offset + i * end // NUM_PROBES) % end for i in range(NUM_PROBES)]
+        seen = [slots[block_ids[at // size] * 2 * size + at % size] for at in keys]
+        seen += [slots[(block_ids[at // size] * 2 + 1) * size + at % size] for at in probes]
+        digest = xxh3_64_intdigest(array("i", seen).tobytes(), end)
+        first, num = self._config.first_token_id, self.vocab_size - self._config.first_token_id
+        token_id = first + digest % num
+        for _ in range(num):
+            if token_id not in spec.banned_token_ids:
+                break
+            token_id = first + (token_id - first + 1) % num
+        wanted = spec.params.logprobs
         return Sampled(token_id, None if wanted is None else TokenLogprobs(token_id, 0.0, ((token_id, 0.0),)[:wanted]))

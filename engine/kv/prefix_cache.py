@@ -1,9 +1,9 @@
 """Which blocks hold the KV of which prefix, and in what order idle ones are evicted.
 
 Owned by `KvCache`. A cached block is an entry of a tree: its parent is the cached block before it in the chain, which
-need not be the block its own sequence uses there (two sequences may have computed the same block at the same time).
-`KvCache` keeps a parent referenced while a child is, so a parent always becomes idle after its children. Hence the
-block idle for longest is a leaf, and evicting in that order keeps "block i cached implies blocks 0..i-1 cached".
+need not be the one that its holder has there (two may have computed the same block at the same time). `KvCache` keeps
+a parent referenced while a child is, so a parent always becomes idle after its children. Hence the block idle for
+longest is a leaf, and evicting in that order keeps "block i cached implies blocks 0..i-1 cached".
 """
 
 from collections import OrderedDict
@@ -60,23 +60,26 @@ class PrefixCache:
 
     def insert(
         self, token_ids: Sequence[int], hashes: Sequence[int], block_ids: Sequence[BlockId], num_blocks: int
-    ) -> list[BlockId]:
+    ) -> tuple[list[BlockId], list[tuple[int, BlockId]]]:
         """Cache the first `num_blocks` of `block_ids`, except those whose content another block caches already.
 
-        Returns the parents of the new entries, for the caller to retain one reference for each.
+        Returns the parents of the new entries, for the caller to retain one reference for each, and (place, block)
+        of those others.
         """
-        first = num_blocks  # what comes before a block that is cached itself is cached, as itself or as another
+        first = num_blocks  # what comes before a cached block is cached: only the end of the chain can be new
         while first > 0 and block_ids[first - 1] not in self.entries:
             first -= 1
         parent = block_ids[first - 1] if first else None
         tokens = token_bytes(token_ids[first * self._block_size : num_blocks * self._block_size])
         parents: list[BlockId] = []
+        twins: list[tuple[int, BlockId]] = []
         for i in range(first, num_blocks):
             piece = self._piece(tokens, i - first)
             if hashes[i] in self.by_hash:
                 parent = self._find(hashes[i], piece, parent)
                 if parent is None:  # a collision: what follows cannot be reached
                     break
+                twins.append((i, parent))
                 continue
             block = block_ids[i]
             self.by_hash[hashes[i]] = block
@@ -85,7 +88,7 @@ class PrefixCache:
             if parent is not None:
                 parents.append(parent)
             parent = block
-        return parents
+        return parents, twins
 
     def evict(self) -> BlockId:
         """Forget the block idle for longest. The caller knows there is one."""

@@ -65,9 +65,9 @@ class Serving:
     def __init__(self, executor: Executor, tokenizer: Tokenizer, model: str) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))  # listens from here on, so nobody needs to wait
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        engine = Engine(executor, SchedulerConfig(), secret=b"", model=model)
+        engine = Engine(executor, SchedulerConfig(), secret="", model=model)
         self.generator = EngineGenerator(engine)
-        card = ModelCard(model, executor.vocab_size, engine.max_model_len, executor.eos_token_ids)
+        card = ModelCard(model, executor.vocab_size, executor.max_model_len, executor.eos_token_ids)
         metrics = Metrics(CollectorRegistry(), model)
         self._front = Front(self.generator, card, tokenizer, metrics, FrontConfig())
         config = uvicorn.Config(self._front, lifespan="off", log_level="warning", timeout_graceful_shutdown=5)

@@ -125,7 +125,7 @@ async def running_cluster(
                 PrefillServer(
                     identity,
                     executor,
-                    SchedulerConfig(max_batch_tokens=prefill_tokens, max_num_seqs=32),
+                    SchedulerConfig(max_batch_tokens=prefill_tokens, max_num_seqs=min(32, prefill_tokens)),
                     [server],
                     source or SourceConfig(),
                     fingerprint(executor.model_hash, [executor.layout], b""),

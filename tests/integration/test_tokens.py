@@ -1,6 +1,7 @@
 """Disaggregated tokens == colocated tokens == transformers' tokens, for every family and every way KV can travel."""
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def prompts(vocab_size: int = 512) -> list[list[int]]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(5, vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+@functools.cache
+def references(path: Path) -> list[list[int]]:
+    return [reference(path, prompt) for prompt in prompts()]
 
 
 def reference(path: Path, prompt: Sequence[int], num_tokens: int = NUM_TOKENS) -> list[int]:
@@ -57,7 +63,7 @@ async def test_greedy_tokens_equal_the_reference(
     checkpoints: dict[str, Path], family: str, transport: str, prefill_tokens: int
 ) -> None:
     path = checkpoints[family]
-    expected = [reference(path, prompt) for prompt in prompts()]
+    expected = references(path)
     async with running_cluster(
         lambda _role: executor(path), transport=transport, prefill_tokens=prefill_tokens
     ) as cluster:
@@ -77,7 +83,7 @@ async def test_block_sizes_may_differ_between_the_pools(
 ) -> None:
     path = checkpoints["llama"]
     sizes = {"prefill": prefill_block, "decode": decode_block}
-    expected = [reference(path, prompt) for prompt in prompts()]
+    expected = references(path)
     async with running_cluster(lambda role: executor(path, sizes[role]), transport="tcp", prefill_tokens=48) as cluster:
         for _ in range(2):
             assert await asyncio.gather(*(cluster.generate(prompt, GREEDY) for prompt in prompts())) == expected

@@ -5,7 +5,7 @@ import pytest
 from engine.kv.layout import KvLayout
 from kv_transfer.source import SourceConfig
 from protos import transfer_pb2 as pb
-from tests.kv_transfer.pair import FIRST_TOKEN, GROUPS, LAYOUT, TRANSPORTS, pair
+from tests.kv_transfer.pair import FIRST_TOKEN, GROUPS, LAYOUT, TRANSPORTS, Pair, pair, tokens, until
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -48,9 +48,7 @@ async def test_pieces_travel_while_prefill_computes(transport: str) -> None:
         p.check(blocks, 18)
 
 
-async def _equal(p, block: int, window: slice, expected: bytes) -> None:
-    from tests.kv_transfer.pair import until
-
+async def _equal(p: Pair, block: int, window: slice, expected: bytes) -> None:
     await until(lambda: bytes(p.sink_memory.block(block)[window]) == expected)
 
 
@@ -104,14 +102,17 @@ async def test_block_sizes_may_differ(transport: str, source_size: int, sink_siz
                 p.check(blocks, num_tokens, held)
 
 
-async def test_a_sink_of_fewer_heads_takes_its_own() -> None:
+async def test_a_sink_of_fewer_heads_and_layers_takes_its_own() -> None:
     whole = KvLayout(4, 4, 8, 4, "float32")
-    async with pair(layout=whole, sink_layout=replace(whole, first_kv_head=0)) as p:
+    part = KvLayout(2, 2, 8, 4, "float32", first_layer=2, first_kv_head=2)
+    async with pair(layout=whole, sink_layout=part, groups=(1, 2, 4)) as p:
         lease_id, offer, blocks = p.open(10)
         task = p.pull(offer, 10)
         p.source.finish(lease_id, FIRST_TOKEN, False)
-        await task
-        p.check(blocks, 10)
+        assert (await task).num_bytes == 3 * 2 * whole.layer_bytes, "layers that it lacks did not travel"
+        theirs, ours = tokens(p.source_memory), tokens(p.sink_memory)
+        for theirs_id, ours_id in zip(blocks, p.sink_blocks(10), strict=True):
+            assert (ours[ours_id] == theirs[theirs_id, 2:4, :, 2:4]).all()
 
 
 async def test_many_pulls_share_one_link() -> None:

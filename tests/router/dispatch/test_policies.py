@@ -158,3 +158,10 @@ def test_a_reservation_counts_until_the_workers_own_report_covers_it():
     state.counted(2)
     state.counted(2)
     assert (state.view().num_seqs, state.view().seq_limit) == (0, 6)
+
+
+@pytest.mark.parametrize(("role", "expected"), [("decode", 12), ("prefill", 5)])
+def test_pulls_count_as_sequences_of_a_decode_worker_and_leases_not_of_a_prefill_worker(role, expected):
+    state = WorkerState("w", pb.Description(role=role, block_size=16, num_blocks=100, max_num_seqs=4), 1.5)
+    state.report(pb.Load(num_running=3, num_waiting=2, num_handoffs=7))
+    assert state.view().num_seqs == expected

@@ -124,6 +124,13 @@ class Running:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    """Let the loop turn until the condition holds."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - conditions here are of objects that have no event to wait for
+            await asyncio.sleep(0)
+
+
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     async with asyncio.timeout(20):
         head = (await reader.readuntil(b"\r\n\r\n")).decode()

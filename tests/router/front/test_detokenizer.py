@@ -14,7 +14,22 @@ from router.detokenizer import StopMatcher, TextStream, parse_rules
 from router.tokenizer import Tokenizer
 
 BYTE_LEVEL_WORDS = ["a", "b", "ab", "Ġ", "Ġa", "ĠĠ", "ðŁ", "ĺ", "Ģ", "ĺĢ", "Ã", "©", "ÿ", "Ċ", "c"]
-SENTENCE_WORDS = ["a", "b", "ab", "▁", "▁a", "▁▁", "é", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<0xC3>", "<0xA9>", "<0x0A>"]
+SENTENCE_WORDS = [
+    "a",
+    "b",
+    "ab",
+    "▁",
+    "▁a",
+    "▁▁",
+    "é",
+    "<0xF0>",
+    "<0x9F>",
+    "<0x98>",
+    "<0x80>",
+    "<0xC3>",
+    "<0xA9>",
+    "<0x0A>",
+]
 
 
 def make(words: Sequence[str], decoder: decoders.Decoder) -> Tokenizer:
@@ -128,9 +143,7 @@ def test_a_stopped_stream_is_the_same_however_tokens_are_cut(
     token_ids: list[int], seed: int, stops: list[str], min_tokens: int, include: bool, name: str
 ) -> None:
     tokenizer = TOKENIZERS[name]
-    params = SamplingParams(
-        stop=tuple(stops), min_tokens=min_tokens, max_tokens=64, include_stop_str_in_output=include
-    )
+    params = SamplingParams(stop=tuple(stops), min_tokens=min_tokens, max_tokens=64, include_stop_str_in_output=include)
     plain, text, heeded, num_used = TextStream(tokenizer, SamplingParams()), "", [], None
     for i, token_id in enumerate([*token_ids, None], start=1):
         new = plain.finish() if token_id is None else plain.push([token_id])

@@ -10,9 +10,10 @@ import pytest
 
 from engine.request import FinishReason, Request
 from router.generation import DeadlineExceeded, Delta, GenerationFailed, Overloaded
+from router.http import FrontConfig
 from router.params import choice_seed
 from router.tokenizer import Tokenizer
-from tests.router.front.fakes import MODEL, Running, Step, running, saying
+from tests.router.front.fakes import MODEL, Running, Step, running, saying, until
 
 TEXT = "The river carries 🙂 the ice"
 
@@ -66,9 +67,9 @@ async def test_a_chat_streams_role_then_text_then_reason_then_usage(tokenizer: T
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == TEXT
     assert all(chunk.model == "tiny" for chunk in chunks)
     request = server.generator.streams[0].request
-    assert tokenizer.decode(request.token_ids, skip_special_tokens=False) == "<|user|>hi<|end|>\n<|assistant|>\n".replace(
-        "<|user|>", "<|user|>\n"
-    )
+    assert tokenizer.decode(
+        request.token_ids, skip_special_tokens=False
+    ) == "<|user|>hi<|end|>\n<|assistant|>\n".replace("<|user|>", "<|user|>\n")
     assert request.params.max_tokens == 256 - len(request.token_ids)
 
 
@@ -101,7 +102,7 @@ async def test_n_choices_have_their_own_seeds_and_wait_for_the_first_token_of_th
 ) -> None:
     gate, num_started = asyncio.Event(), []
 
-    def script(request: Request) -> list[Step]:
+    def script(_request: Request) -> list[Step]:
         num_started.append(len(server.generator.streams))
         ids = tokenizer.encode("abc")
         steps: list[Step] = [Delta([ids[0]], []), gate, Delta(ids[1:], [], FinishReason.LENGTH)]
@@ -114,21 +115,19 @@ async def test_n_choices_have_their_own_seeds_and_wait_for_the_first_token_of_th
         call = asyncio.create_task(
             client.completions.create(model=MODEL, prompt="p", n=3, seed=-9, stream=stream)  # type: ignore[call-overload]
         )
-        async with asyncio.timeout(20):
-            while not server.generator.streams:
-                await asyncio.sleep(0)
-            assert len(server.generator.streams) == 1
-            first_gate.set()
-            answer = await call
-            if stream:
-                texts = ["", "", ""]
-                async for chunk in answer:
-                    texts[chunk.choices[0].index] += chunk.choices[0].text
-            else:
-                texts = [choice.text for choice in answer.choices]
-                assert [choice.index for choice in answer.choices] == [0, 1, 2]
-                assert answer.usage.prompt_tokens == 1
-                assert answer.usage.completion_tokens == 3 * len(tokenizer.encode("abc"))
+        await until(lambda: server.generator.streams)
+        assert len(server.generator.streams) == 1
+        first_gate.set()
+        answer = await call
+        if stream:
+            texts = ["", "", ""]
+            async for chunk in answer:
+                texts[chunk.choices[0].index] += chunk.choices[0].text
+        else:
+            texts = [choice.text for choice in answer.choices]
+            assert [choice.index for choice in answer.choices] == [0, 1, 2]
+            assert answer.usage.prompt_tokens == 1
+            assert answer.usage.completion_tokens == 3 * len(tokenizer.encode("abc"))
     assert texts == ["abc"] * 3
     seeds = [stream.request.seed for stream in server.generator.streams]
     assert seeds == [choice_seed(-9, i) for i in range(3)]
@@ -152,7 +151,7 @@ async def test_a_batch_of_prompts_keeps_their_order(tokenizer: Tokenizer) -> Non
 async def test_a_stop_string_ends_the_text_and_cancels_the_generation(tokenizer: Tokenizer, stream: bool) -> None:
     forever = asyncio.Event()
 
-    def script(request: Request) -> list[Step]:
+    def script(_request: Request) -> list[Step]:
         return [*(Delta([token], []) for token in tokenizer.encode("one two three four")), forever]
 
     async with running(tokenizer, script) as server, client_of(server) as client:
@@ -244,7 +243,7 @@ async def test_failures_before_the_first_token_have_their_status(
 async def test_a_refusal_at_the_start_of_a_batch_closes_what_was_started(tokenizer: Tokenizer) -> None:
     forever = asyncio.Event()
 
-    def script(request: Request) -> list[Step]:
+    def script(_request: Request) -> list[Step]:
         server.generator.refuse = Overloaded("full", retry_after=1)
         return [forever]
 
@@ -255,18 +254,17 @@ async def test_a_refusal_at_the_start_of_a_batch_closes_what_was_started(tokeniz
 
 
 async def test_a_failure_in_mid_stream_is_an_error_event_and_an_abnormal_end(tokenizer: Tokenizer) -> None:
-    def script(request: Request) -> list[Step]:
+    def script(_request: Request) -> list[Step]:
         return [Delta(tokenizer.encode("some"), []), GenerationFailed("gone")]
 
     async with running(tokenizer, script) as server:
         async with client_of(server) as client:
-            stream = await client.completions.create(model=MODEL, prompt="x", stream=True)
-            texts = []
+            stream = aiter(await client.completions.create(model=MODEL, prompt="x", stream=True))
+            first = await anext(stream)
             with pytest.raises(openai.APIError) as error:
-                async for chunk in stream:
-                    texts.append(chunk.choices[0].text)
+                await anext(stream)
         status, _, raw = await server.post("/v1/completions", {"prompt": "x", "stream": True})
-    assert texts == ["some"]
+    assert first.choices[0].text == "some"
     assert error.value.code == "generation_failed"
     assert status == 200
     assert raw.endswith(b"\n\n<cut>")
@@ -274,8 +272,6 @@ async def test_a_failure_in_mid_stream_is_an_error_event_and_an_abnormal_end(tok
 
 
 async def test_an_api_key_is_demanded_when_configured(tokenizer: Tokenizer) -> None:
-    from router.http import FrontConfig
-
     config = FrontConfig(api_keys=("k1", "k2"))
     async with running(tokenizer, saying(tokenizer, "x"), config=config) as server:
         async with client_of(server) as client:
@@ -283,7 +279,9 @@ async def test_an_api_key_is_demanded_when_configured(tokenizer: Tokenizer) -> N
                 await client.completions.create(model=MODEL, prompt="x")
             for key in ("k1", "k2"):
                 await client.with_options(api_key=key).completions.create(model=MODEL, prompt="x")
-        statuses = [(await server.get(path))[0] for path in ("/health", "/live", "/ready", "/metrics", "/v1/models", "/x")]
+        statuses = [
+            (await server.get(path))[0] for path in ("/health", "/live", "/ready", "/metrics", "/v1/models", "/x")
+        ]
         server.front.set_api_keys(["k3"])
         old = await server.get("/v1/models", "authorization: Bearer k1")
         new = await server.get("/v1/models", "authorization: bearer k3")

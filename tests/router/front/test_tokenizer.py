@@ -13,7 +13,14 @@ from router.chat_template import ChatTemplates
 from router.tokenizer import load_tokenizer
 from tests.checkpoints import make_tokenizer
 
-TEXTS = ["The river", " and  the sea\n\n", "Grüße 🙂 你好", "<|user|>\nhi<|end|>", "a" * 500, "def f(x): return {'a': 1}"]
+TEXTS = [
+    "The river",
+    " and  the sea\n\n",
+    "Grüße 🙂 你好",
+    "<|user|>\nhi<|end|>",
+    "a" * 500,
+    "def f(x): return {'a': 1}",
+]
 CHAT = [
     {"role": "system", "content": "You are <b>terse</b>."},
     {"role": "user", "content": "What's the weather in Köln?  "},
@@ -25,7 +32,9 @@ CHAT = [
     {"role": "tool", "content": '{"t": 3}'},
     {"role": "assistant", "content": "Cold"},
 ]
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "It's <hot>", "parameters": {"b": [1, None]}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "It's <hot>", "parameters": {"b": [1, None]}}}
+]
 
 TEMPLATES = {
     "chatml": (
@@ -55,7 +64,10 @@ TEMPLATES = {
         "{% generation %}{{ message.content }}{% endgeneration %}{%- else -%}{{ message.content }}{% endif %}\n"
         "{% endfor %}"
     ),
-    "kwargs": "{% if enable_thinking is defined and enable_thinking is false %}quiet{% else %}{{ messages|length }}{% endif %}",
+    "kwargs": (
+        "{% if enable_thinking is defined and enable_thinking is false %}quiet"
+        "{% else %}{{ messages|length }}{% endif %}"
+    ),
 }
 
 

@@ -1,0 +1,215 @@
+"""How fast KV moves between two processes, against the floor of the same machine in the same run.
+
+    python benchmarks/kv_pull.py --transport shared_memory
+    python benchmarks/kv_pull.py --transport tcp
+
+The child process is a source with a pool full of random KV; this process pulls. Shared memory is compared with one
+memcpy of as many bytes by one thread, TCP with a plain socket copy between two processes (`sendall` and `recv_into`).
+A pull is the whole handoff: lease, checksums at the source, copy, verification of every piece, confirmation. All
+memory is touched before anything is timed; rounds alternate between the pull and its floor; medians are reported.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import socket
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+import grpc
+import numpy as np
+
+from engine.auth import TokenInterceptor
+from engine.kv.layout import KvLayout
+from engine.kv.memory import HostMemory
+from kv_transfer.fingerprint import fingerprint
+from kv_transfer.link import checksum
+from kv_transfer.sink import KvSink, Pulled, SinkConfig
+from kv_transfer.source import KvSource
+from kv_transfer.transports.base import ServerTransport, SinkTransport
+from kv_transfer.transports.shared_memory import SharedMemoryServer, SharedMemorySink, host_boot_id
+from kv_transfer.transports.tcp import TcpSink
+from kv_transfer.transports.tcp_server import TcpServer
+
+TOKEN = "benchmark"
+GIB = 1 << 30
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transport", choices=["shared_memory", "tcp"], default="shared_memory")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--sink-block-size", type=int, default=None, help="default: as the source")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layer-groups", type=int, default=1, help="groups of layers that are announced on their own")
+    parser.add_argument("--gib", type=float, default=1.0, help="KV to move in each round")
+    parser.add_argument("--threads", type=int, default=2, help="copy threads of the sink")
+    parser.add_argument("--rounds", type=int, default=9)
+    return parser.parse_args()
+
+
+def layout_of(args: argparse.Namespace, block_size: int) -> KvLayout:
+    return KvLayout(args.layers, args.kv_heads, args.head_dim, block_size, args.dtype)
+
+
+def num_tokens_of(args: argparse.Namespace) -> int:
+    layout = layout_of(args, args.block_size)
+    return max(1, round(args.gib * GIB / layout.block_bytes)) * args.block_size
+
+
+def fill(memory: HostMemory) -> None:
+    for block in range(memory.num_blocks):
+        memory.block(block)[:] = np.random.default_rng(block).bytes(memory.layout.block_bytes)
+
+
+async def run_source(args: argparse.Namespace, parent: Connection) -> None:
+    layout = layout_of(args, args.block_size)
+    num_tokens = num_tokens_of(args)
+    memory = HostMemory(layout, layout.num_blocks_for(num_tokens))
+    fill(memory)
+    transport: ServerTransport = (
+        SharedMemoryServer(memory)
+        if args.transport == "shared_memory"
+        else TcpServer(memory, host="127.0.0.1", token=TOKEN)
+    )
+    server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    source = KvSource(
+        worker_id="source",
+        epoch="1",
+        memory=memory,
+        layer_groups=[layout.num_layers * (i + 1) // args.layer_groups for i in range(args.layer_groups)],
+        fingerprint=fingerprint("benchmark", [layout], b""),
+        link_address=f"127.0.0.1:{port}",
+        transports=[transport],
+        on_released=lambda _lease_id, _block_ids: None,
+    )
+    source.register(server)
+    await server.start()
+    loop = asyncio.get_running_loop()
+    while (command := await loop.run_in_executor(None, parent.recv)) != "stop":
+        if command == "offer":
+            blocks = np.random.default_rng(0).permutation(memory.num_blocks).tolist()
+            lease_id, offer = source.open("r", blocks, num_tokens) or ("", b"")
+            source.finish(lease_id, 1, False)
+            parent.send(offer)
+        elif command == "checksums":
+            started = time.perf_counter()
+            for block in range(memory.num_blocks):
+                checksum(memory.block(block))
+            parent.send(time.perf_counter() - started)
+        else:
+            await loop.run_in_executor(None, send_plainly, command, memory)
+    await server.stop(0)
+    await source.close()
+    memory.close()
+
+
+def send_plainly(port: int, memory: HostMemory) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(memory.buffer)
+
+
+def source_process(args: argparse.Namespace, parent: Connection) -> None:
+    asyncio.run(run_source(args, parent))
+
+
+def plain_copy(ours: HostMemory, other: np.ndarray) -> float:
+    started = time.perf_counter()
+    np.copyto(np.frombuffer(ours.buffer, np.uint8), other)
+    return time.perf_counter() - started
+
+
+def plain_receive(ours: HostMemory, child: Connection) -> float:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        child.send(listener.getsockname()[1])
+        connection, _ = listener.accept()
+        with connection:
+            started = time.perf_counter()
+            num_received = 0
+            while num_received < ours.size:
+                num_received += connection.recv_into(ours.buffer[num_received:], 0, socket.MSG_WAITALL)
+            return time.perf_counter() - started
+
+
+async def pull_once(sink: KvSink, ours: HostMemory, child: Connection) -> tuple[float, Pulled]:
+    child.send("offer")
+    offer = child.recv()
+    started = time.perf_counter()
+    pulled = await sink.pull(
+        offer, block_ids=range(ours.num_blocks), num_held_tokens=0, deadline=time.monotonic() + 60
+    )
+    return time.perf_counter() - started, pulled
+
+
+async def measure(args: argparse.Namespace, child: Connection) -> None:
+    layout = layout_of(args, args.sink_block_size or args.block_size)
+    ours = HostMemory(layout, layout.num_blocks_for(num_tokens_of(args)))
+    fill(ours)
+    other = np.ones(ours.size, np.uint8)
+    transport: SinkTransport = SharedMemorySink() if args.transport == "shared_memory" else TcpSink(TOKEN)
+    sink = KvSink(
+        worker_id="sink",
+        memory=ours,
+        fingerprint=fingerprint("benchmark", [layout], b""),
+        token=TOKEN,
+        transports=[transport],
+        boot_id=host_boot_id(),
+        config=SinkConfig(copy_threads=args.threads),
+    )
+    floors, pulls, sums = [], [], []
+    await pull_once(sink, ours, child)
+    plain_copy(ours, other)
+    for _ in range(args.rounds):
+        if args.transport == "shared_memory":
+            floors.append(plain_copy(ours, other))
+        else:
+            floors.append(plain_receive(ours, child))
+        seconds, pulled = await pull_once(sink, ours, child)
+        pulls.append(seconds)
+        child.send("checksums")
+        sums.append(child.recv())
+    report(args, ours.size, floors, pulls, sums, pulled)
+    await sink.close()
+    ours.close()
+
+
+def report(
+    args: argparse.Namespace,
+    size: int,
+    floors: list[float],
+    pulls: list[float],
+    sums: list[float],
+    pulled: Pulled,
+) -> None:
+    floor, pull, hashing = (statistics.median(values) for values in (floors, pulls, sums))
+    name = "memcpy, one thread" if args.transport == "shared_memory" else "plain socket"
+    gib = size / GIB
+    print(f"{gib:.2f} GiB in pieces of {size // pulled.num_blocks // args.layer_groups >> 10} KiB, {pulled.transport}")
+    print(f"  {name:<28} {gib / floor:6.2f} GiB/s  ({floor * 1e3:.0f} ms)")
+    print(f"  {'pull, whole handoff':<28} {gib / pull:6.2f} GiB/s  ({pull * 1e3:.0f} ms)")
+    print(f"  {'checksums at the source':<28} {gib / hashing:6.2f} GiB/s  ({hashing * 1e3:.0f} ms, part of the pull)")
+    print(f"  pull / floor: {floor / pull:.0%}")
+
+
+def main() -> None:
+    args = parse()
+    context = multiprocessing.get_context("spawn")
+    child, parent = context.Pipe()
+    process = context.Process(target=source_process, args=(args, parent), daemon=True)
+    process.start()
+    try:
+        asyncio.run(measure(args, child))
+        child.send("stop")
+        process.join(10)
+    finally:
+        process.kill()
+
+
+if __name__ == "__main__":
+    main()

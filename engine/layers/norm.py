@@ -1,0 +1,23 @@
+"""Root-mean-square normalization (arXiv:1910.07467), in float32 whatever the model's type."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Over the last dimension. With `unit_offset` the checkpoint stores the weight's distance from one."""
+
+    def __init__(self, size: int, eps: float, *, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.shape = (size,)
+        self.eps = eps
+        self.unit_offset = unit_offset
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=False)
+
+    def finalize(self) -> None:
+        if self.unit_offset:
+            self.weight.add_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)

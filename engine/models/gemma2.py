@@ -1,0 +1,37 @@
+"""Gemma 2 (arXiv:2408.00118): norms before and after each block, scaled embeddings, capped logits."""
+
+import torch
+from torch import Tensor, nn
+
+from engine.attention.base import StepAttention
+from engine.layers.attention import SelfAttention
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotation
+from engine.model_config import ModelConfig
+from engine.models.decoder import CausalLM
+
+
+class Gemma2Layer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+
+        def make_norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.norm_eps, unit_offset=True)
+
+        self.input_layernorm = make_norm()
+        self.self_attn = SelfAttention(config, index)
+        self.post_attention_layernorm = make_norm()
+        self.pre_feedforward_layernorm = make_norm()
+        self.mlp = GatedMLP(config)
+        self.post_feedforward_layernorm = make_norm()
+
+    def forward(self, hidden: Tensor, rotation: Rotation, attention: StepAttention) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden), rotation, attention)
+        hidden += self.post_attention_layernorm(attended)
+        hidden += self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        return hidden
+
+
+def make_gemma2(config: ModelConfig, dtype: torch.dtype) -> CausalLM:
+    return CausalLM(config, dtype, Gemma2Layer, embedding_scale=config.hidden_size**0.5, unit_offset_norm=True)

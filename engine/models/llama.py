@@ -1,0 +1,35 @@
+"""Llama 2 and 3, and the families whose layers differ from it only in what the config says.
+
+Mistral slides a window, Qwen2 has biases on q, k and v, Phi-3 stores its projections fused.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from engine.attention.base import StepAttention
+from engine.layers.attention import SelfAttention
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotation
+from engine.model_config import ModelConfig
+from engine.models.decoder import CausalLM
+
+
+class LlamaLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int, *, normalizes_heads: bool = False) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = SelfAttention(config, index, normalizes_heads=normalizes_heads)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, attention: StepAttention) -> Tensor:
+        hidden += self.self_attn(self.input_layernorm(hidden), rotation, attention)
+        hidden += self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+def make_llama(config: ModelConfig, dtype: torch.dtype) -> CausalLM:
+    return CausalLM(config, dtype, LlamaLayer)

@@ -1,0 +1,49 @@
+"""Stands in for `python -m baton` under a launcher: workers join the registry, the router answers GET /ready.
+
+The spec's `served_model_name` says how it misbehaves: `fail:NAME` makes that process end at start, with a message.
+"""
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from cluster.registry.base import WorkerRecord
+from cluster.registry.open import open_registry
+from cluster.spec import ClusterSpec, worker_id
+from cluster.spec_file import load_spec
+
+
+async def route(spec: ClusterSpec) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, spec.router.host, spec.router.port):
+        await until_sigterm()
+
+
+async def work(spec: ClusterSpec, role: str, index: int) -> None:
+    registry = open_registry(spec)
+    record = WorkerRecord(worker_id(role, index), role, "127.0.0.1:1", 1, spec.public_model_name)
+    async with registry.register(record):
+        await until_sigterm()
+    await registry.aclose()
+
+
+async def until_sigterm() -> None:
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
+    await asked.wait()
+
+
+def main() -> None:
+    role, _, path, _, index = sys.argv[1:]
+    spec = load_spec(Path(path))
+    if spec.public_model_name == f"fail:{role}-{index}":
+        sys.exit("the checkpoint is made of cheese")
+    asyncio.run(route(spec) if role == "router" else work(spec, role, int(index)))
+
+
+main()

@@ -1,0 +1,138 @@
+"""Run directories, secrets and checkpoints: what the machine may refuse, and in which words."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.checkpoint import resolve_model
+from cluster.credentials import read_api_key, read_token
+from cluster.run_dir import locked, prepare_run_dir, with_run_dir
+from cluster.spec import ClusterSpec
+from cluster.spec_errors import SpecError
+from cluster.spec_file import parse_spec
+
+
+def spec_with_token(path: Path) -> ClusterSpec:
+    return parse_spec({"model": "tiny", "security": {"token_file": str(path)}})
+
+
+def secret(path: Path, content: bytes, mode: int = 0o600) -> Path:
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+def test_no_secret_is_an_empty_text() -> None:
+    spec = parse_spec({"model": "tiny"})
+    assert (read_token(spec), read_api_key(spec)) == ("", "")
+
+
+def test_a_secret_is_read_without_the_line_s_end(tmp_path: Path) -> None:
+    assert read_token(spec_with_token(secret(tmp_path / "token", b"s3cret\n"))) == "s3cret"
+
+
+def test_the_api_key_has_its_own_file(tmp_path: Path) -> None:
+    path = secret(tmp_path / "key", b"key")
+    assert read_api_key(parse_spec({"model": "tiny", "router": {"api_key_file": str(path)}})) == "key"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "message"),
+    [
+        (b"", 0o600, "is empty"),
+        (b" \n\n", 0o600, "is empty"),
+        (b"hunter2", 0o604, "open to every user"),
+        (b"two\nlines", 0o600, "printable ASCII"),
+        ("schlüssel".encode(), 0o600, "printable ASCII"),
+        (b"hunter2\xff\xfe", 0o600, "printable ASCII"),
+    ],
+)
+def test_a_bad_secret_names_the_field_and_the_file(tmp_path: Path, content: bytes, mode: int, message: str) -> None:
+    path = secret(tmp_path / "token", content, mode)
+    with pytest.raises(SpecError, match=message) as caught:
+        read_token(spec_with_token(path))
+    assert "security.token_file" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_missing_secret_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be read"):
+        read_token(spec_with_token(tmp_path / "nowhere"))
+
+
+def test_the_run_directory_is_named_after_the_cluster() -> None:
+    spec = parse_spec({"model": "tiny", "name": "blue", "router": {"port": 9000}})
+    assert with_run_dir(spec, {"XDG_RUNTIME_DIR": "/run/user/1"}).run_dir == "/run/user/1/baton/blue-9000"
+    assert str(with_run_dir(spec, {}).run_dir).endswith(f"/baton-{os.getuid()}/blue-9000")
+
+
+def test_a_run_directory_that_is_given_is_kept(tmp_path: Path) -> None:
+    spec = parse_spec({"model": "tiny", "run_dir": str(tmp_path)})
+    assert with_run_dir(spec, {"XDG_RUNTIME_DIR": "/run/user/1"}).run_dir == str(tmp_path)
+
+
+def test_a_run_directory_is_private(tmp_path: Path) -> None:
+    prepare_run_dir(tmp_path / "base" / "run")
+    prepare_run_dir(tmp_path / "base" / "run")
+    assert (tmp_path / "base").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "base" / "run").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_directory_that_others_could_change_is_refused(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(SpecError, match="run_dir"):
+        prepare_run_dir(shared)
+    with pytest.raises(SpecError, match="can be changed by other users"):
+        prepare_run_dir(shared / "run")
+
+
+def test_a_link_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    with pytest.raises(SpecError, match="run_dir"):
+        prepare_run_dir(tmp_path / "run")
+
+
+def test_a_run_directory_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match=r"run_dir: .* cannot be made"):
+        prepare_run_dir(tmp_path / "file" / "run")
+
+
+def test_a_lock_is_free_again_after_its_holder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(SpecError, match="in use"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_checkpoint_directory_is_used_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("model", ["/nowhere", "./nowhere", "~/nowhere", "a/b/c"])
+def test_a_path_that_is_no_directory_is_not_looked_up_on_the_hub(model: str) -> None:
+    with pytest.raises(SpecError, match="is not a directory; needed: a checkpoint directory or a hub id"):
+        resolve_model(model)
+
+
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"without config\.json"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SpecError, match=r"model: 'org/name' .*cannot be reached"):
+        resolve_model("org/name")
+
+
+def test_a_name_the_hub_could_not_have_is_said_so() -> None:
+    with pytest.raises(SpecError, match="neither a directory nor a valid hub id"):
+        resolve_model("not a name")

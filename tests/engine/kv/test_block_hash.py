@@ -1,0 +1,55 @@
+"""Block hashes: chained, unambiguous, and what their documentation says byte for byte."""
+
+import struct
+
+import pytest
+from xxhash import xxh3_64_intdigest
+
+from engine.kv.block_hash import block_hashes, chain_seed
+
+
+def test_each_link_hashes_the_one_before_and_its_own_tokens() -> None:
+    seed, tokens = chain_seed("s", "m", "", ""), list(range(100, 111))
+    expected, link = [], seed
+    for start in (0, 4):
+        link = xxh3_64_intdigest(struct.pack(">Q", link) + struct.pack("<4i", *tokens[start : start + 4]))
+        expected.append(link)
+    assert block_hashes(tokens, 4, seed) == expected
+
+
+def test_a_chain_goes_on_from_any_of_its_links() -> None:
+    tokens = list(range(64))
+    hashes = block_hashes(tokens, 16, 7)
+    assert block_hashes(tokens[32:], 16, hashes[1]) == hashes[2:]
+
+
+def test_only_full_blocks_have_a_hash() -> None:
+    assert [len(block_hashes(range(n), 8, 1)) for n in (0, 1, 7, 8, 15, 16)] == [0, 0, 0, 1, 1, 2]
+
+
+def test_a_different_token_changes_its_block_and_all_that_follow() -> None:
+    tokens = list(range(32))
+    changed = [*tokens[:9], 77, *tokens[10:]]
+    same = [a == b for a, b in zip(block_hashes(tokens, 8, 1), block_hashes(changed, 8, 1), strict=True)]
+    assert same == [True, False, False, False]
+
+
+def test_no_two_combinations_of_fields_start_the_same_chain() -> None:
+    fields = [
+        ("ab", "c", "", ""),
+        ("a", "bc", "", ""),
+        ("abc", "", "", ""),
+        ("", "abc", "", ""),
+        ("", "", "abc", ""),
+        ("", "", "", "abc"),
+        ("ab", "", "c", ""),
+        ("ab", "", "", "c"),
+        ("ab\0", "c", "", ""),
+        ("ä", "\ud800", "", ""),
+    ]
+    assert len({chain_seed(*each) for each in fields}) == len(fields)
+
+
+def test_an_id_that_is_no_int32_is_refused() -> None:
+    with pytest.raises(OverflowError):
+        block_hashes([1 << 31], 1, 0)

@@ -1,0 +1,98 @@
+"""Stand-ins for what a test wants to control: time, and the math of a model."""
+
+from collections.abc import Callable
+
+from engine.executors.base import Batch, Chunk, Sampled, StepResult
+from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
+
+
+class FakeClock:
+    """A monotonic clock that moves only when told; `sleep` moves it."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0, seconds
+        self.now += seconds
+
+    advance = sleep
+
+
+def instant_executor(
+    *, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 1024, vocab_size: int = 1000
+) -> SimulatedExecutor:
+    """A simulated executor whose steps take no time: real KV bytes, tokens that depend on them."""
+    config = SimulatedConfig(
+        prefill_tokens_per_s=1e12,
+        step_base_s=0.0,
+        decode_s_per_sequence=0.0,
+        kv_read_tokens_per_s=1e12,
+        vocab_size=vocab_size,
+        first_token_id=10,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        num_blocks=num_blocks,
+    )
+    return SimulatedExecutor(config, lambda _seconds: None)
+
+
+class ScriptedExecutor:
+    """An instant executor whose every step is noted, and whose tokens may be dictated.
+
+    `choose(chunk)` gives the token to sample; None leaves it to the simulation. A step asserts that no two chunks
+    write into the same block and that all before a chunk has been written, so wrong scheduling fails at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 1024,
+        vocab_size: int = 1000,
+        eos_token_ids: tuple[int, ...] = (),
+        choose: Callable[[Chunk], int | None] = lambda _chunk: None,
+    ) -> None:
+        self._inner = instant_executor(
+            num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len, vocab_size=vocab_size
+        )
+        self.layout = self._inner.layout
+        self.memory = self._inner.memory
+        self.layer_groups = self._inner.layer_groups
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.model_hash = self._inner.model_hash
+        self.steps: list[list[tuple[str, int, int]]] = []  # (request, start, number of tokens) of each chunk
+        self._choose = choose
+
+    def step(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> StepResult:
+        self._check_writes(batch)
+        self.steps.append([(chunk.request_id, chunk.start, len(chunk.token_ids)) for chunk in batch.chunks])
+        result = self._inner.step(batch, on_group_done)
+        chosen = [self._choose(chunk) for chunk in batch.chunks]
+        sampled = [
+            each if each is None or token_id is None else Sampled(token_id, each.logprobs)
+            for each, token_id in zip(result.sampled, chosen, strict=True)
+        ]
+        return StepResult(sampled, result.prompt_logprobs)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _check_writes(self, batch: Batch) -> None:
+        written: set[int] = set()
+        size = self.layout.block_size
+        for chunk in batch.chunks:
+            assert chunk.token_ids, chunk
+            end = chunk.start + len(chunk.token_ids)
+            blocks = set(chunk.block_ids[chunk.start // size : -(-end // size)])
+            assert not blocks & written, f"two sequences write into blocks {blocks & written}"
+            written |= blocks
+        for chunk in batch.chunks:
+            before = set(chunk.block_ids[: chunk.start // size])
+            assert not before & written, f"{chunk.request_id} reads blocks {before & written} that this step writes"

@@ -1,0 +1,132 @@
+"""A cluster as its users run it: real processes, HTTP in front, workers killed and frozen under load.
+
+One cluster of two workers of each role serves the whole module; every test leaves it complete again.
+"""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from cluster.launcher import LocalCluster
+from cluster.spec_file import parse_spec
+from tests.checkpoints import make_checkpoint
+
+NUM_STREAMS = 16
+NUM_TOKENS = 120
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
+    root = tmp_path_factory.mktemp("cluster")
+    checkpoint = make_checkpoint(root / "checkpoint", "llama", hidden_size=128, num_hidden_layers=4)
+    spec = parse_spec(
+        {
+            "model": str(checkpoint),
+            "served_model_name": "tiny",
+            "dtype": "float32",
+            "run_dir": str(root / "run"),
+            "kv_cache": {"num_blocks": 600},
+            "scheduler": {"max_batch_tokens": 64, "max_num_seqs": 32},
+            "prefill": {"replicas": 2, "threads": 1},
+            "decode": {"replicas": 2, "threads": 1},
+            "router": {"port": 0, "local_prefill_max_tokens": 0},
+        }
+    )
+    async with LocalCluster(spec, report=lambda _ended: None) as running:
+        yield running
+
+
+def prompts() -> list[list[int]]:
+    return [[5 + (17 * i + 3 * j) % 500 for j in range(60 + 10 * i)] for i in range(NUM_STREAMS)]
+
+
+async def stream(client: httpx.AsyncClient, prompt: Sequence[int], started: asyncio.Event) -> list[int]:
+    """Token ids of one streamed completion; fails on an error event or an end without [DONE]."""
+    body = {
+        "model": "tiny",
+        "prompt": list(prompt),
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0.8,
+        "seed": len(prompt),
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    token_ids: list[int] = []
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                return token_ids
+            if line.startswith("data: "):
+                chunk = json.loads(line.removeprefix("data: "))
+                assert "error" not in chunk, chunk
+                token_ids += chunk["choices"][0]["token_ids"]
+                if len(token_ids) >= NUM_TOKENS // 4:
+                    started.set()
+    raise AssertionError("the stream ended without [DONE]")
+
+
+async def all_streams(url: str, disturb: object = None) -> list[list[int]]:
+    started = asyncio.Event()
+    async with httpx.AsyncClient(base_url=url, timeout=100) as client:
+        tasks = [asyncio.create_task(stream(client, prompt, started)) for prompt in prompts()]
+        if callable(disturb):
+            await started.wait()
+            disturb()
+        return await asyncio.gather(*tasks)
+
+
+async def until_complete(cluster: LocalCluster) -> None:
+    """Wait until the router sees two usable workers of each role again."""
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client, asyncio.timeout(90):
+        while True:
+            status = (await client.get("/status")).json()
+            if sum(worker["usable"] for worker in status["workers"]) == 4:
+                return
+            await asyncio.sleep(0.1)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def undisturbed(cluster: LocalCluster) -> list[list[int]]:
+    return await all_streams(cluster.url)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_streams_survive_a_killed_worker(cluster: LocalCluster, undisturbed: list[list[int]], role: str) -> None:
+    await until_complete(cluster)
+    assert all(len(tokens) == NUM_TOKENS for tokens in undisturbed)
+    victim = cluster.pids[f"{role}-0"]
+    assert await all_streams(cluster.url, lambda: os.kill(victim, signal.SIGKILL)) == undisturbed
+    await until_complete(cluster)
+    assert cluster.pids[f"{role}-0"] != victim
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_streams_survive_a_frozen_worker(cluster: LocalCluster, undisturbed: list[list[int]], role: str) -> None:
+    await until_complete(cluster)
+    victim = cluster.pids[f"{role}-1"]
+    try:
+        assert await all_streams(cluster.url, lambda: os.kill(victim, signal.SIGSTOP)) == undisturbed
+    finally:
+        os.kill(victim, signal.SIGCONT)
+    await until_complete(cluster)
+    assert cluster.pids[f"{role}-1"] == victim
+
+
+async def test_every_block_is_free_after_all_that(cluster: LocalCluster) -> None:
+    await until_complete(cluster)
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client, asyncio.timeout(40):
+        while True:
+            workers = (await client.get("/status")).json()["workers"]
+            if all(worker["num_free_blocks"] == worker["num_blocks"] for worker in workers):
+                return
+            await asyncio.sleep(0.2)
