@@ -103,9 +103,14 @@ class LocalBackend:
         if self._thread.is_alive():
             self._inbox.post(self._close)
             self._thread.join(CLOSE_WAIT_S)
+            for command in self._inbox.take(0.0):  # of threads that did not know yet
+                command()
             self._executor.close()
 
     def _start(self, job: Job, on_end: OnEnd, on_increment: Callable[[Increment], None]) -> Callable[[], None]:
+        if not self._thread.is_alive():
+            on_end(RuntimeError("the LLM was closed"))
+            return lambda: None
         try:
             prompt = self._token_ids(job)
             if not prompt:

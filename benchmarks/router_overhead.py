@@ -83,8 +83,11 @@ async def measure(url: str, args: argparse.Namespace) -> None:
     count = args.requests - 120
     cpu_ms, floor_ms = 1e3 * cpu / count, 1e3 * statistics.median(floor)
     print(f"{args.input} tokens in, {args.output} out, {args.connections} connections, {args.workers}P{args.workers}D")
-    print(f"router CPU per request   {cpu_ms:7.2f} ms   ({cpu_ms / DYNAMO_CPU_MS:.2f} x Dynamo's {DYNAMO_CPU_MS} ms)")
-    print(f"one connection, median   {floor_ms:7.2f} ms   ({floor_ms / DYNAMO_FLOOR_MS:.2f} x Dynamo's {DYNAMO_FLOOR_MS} ms)")
+    for what, value, peer in (
+        ("router CPU per request", cpu_ms, DYNAMO_CPU_MS),
+        ("one connection, median", floor_ms, DYNAMO_FLOOR_MS),
+    ):
+        print(f"{what}   {value:7.2f} ms   ({value / peer:.2f} x Dynamo's {peer} ms)")
     print(f"throughput               {count / elapsed:7.0f} requests/s (client, router and workers share the cores)")
 
 

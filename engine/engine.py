@@ -184,6 +184,7 @@ class Engine:
         sequence = self._sequences[request.id] = Running(
             request,
             next(self._arrivals),
+            hash_seed=self._hash_seed(request),
             hashes=self.hashes(request),
             eos_token_ids=self.executor.eos_token_ids,
             max_len=self.max_len,
@@ -213,7 +214,7 @@ class Engine:
         return TokenOutput(request_id, index, sampled.token_id, sampled.logprobs, prompt_logprobs, reason)
 
     def _store(self, sequence: Running) -> None:
-        sequence.extend_hashes(self.kv.block_size, self._hash_seed(sequence.request))
+        sequence.extend_hashes(self.kv.block_size)
         self.kv.store(sequence.token_ids, sequence.hashes, sequence.block_ids, sequence.num_computed_tokens)
 
     def _hash_seed(self, request: Request) -> int:

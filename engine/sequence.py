@@ -20,6 +20,7 @@ class Sequence:
         "_short_spec",
         "arrival",
         "block_ids",
+        "hash_seed",
         "hashes",
         "key",
         "max_total_tokens",
@@ -38,6 +39,7 @@ class Sequence:
         request: Request,
         arrival: int,
         *,
+        hash_seed: int,
         hashes: list[int],
         eos_token_ids: ReadOnly[int],
         max_len: int,
@@ -47,6 +49,7 @@ class Sequence:
         self.arrival = arrival
         self.key = (request.priority, arrival)  # order of everything: lower first
         self.token_ids = list(request.token_ids)
+        self.hash_seed = hash_seed
         self.hashes = hashes  # of full blocks, at least of those computed
         self.block_ids: list[BlockId] = []
         self.num_computed_tokens = 0
@@ -88,12 +91,12 @@ class Sequence:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.token_ids) >= self.max_total_tokens else None
 
-    def extend_hashes(self, block_size: int, hash_seed: int) -> None:
+    def extend_hashes(self, block_size: int) -> None:
         """Hash the full blocks of what is computed that have no hash yet."""
         start = len(self.hashes) * block_size
         end = self.num_computed_tokens // block_size * block_size
         if start < end:
-            link = self.hashes[-1] if self.hashes else hash_seed
+            link = self.hashes[-1] if self.hashes else self.hash_seed
             self.hashes += block_hashes(self.token_ids[start:end], block_size, link)
 
     def forget_computed(self) -> list[BlockId]:

@@ -38,7 +38,7 @@ class SinkConfig:
     ack_s: float = 5.0
     idle_s: float = 60.0
     copy_threads: int = 2
-    job_bytes: int = 16 << 20
+    job_bytes: int = 32 << 20
     max_failures: int = 2  # times a piece is pulled again
     max_piece_bytes: int = 1 << 30
 

@@ -25,6 +25,7 @@ from protos import transfer_pb2 as pb
 log = logging.getLogger(__name__)
 
 WRITE_S = 5.0
+SILENT_TICKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class SinkLink:
         self.plan: TransferPlan
         self.reader: PieceReader | None = None
         self._lease_s = 0.0
+        self._num_silent_ticks = 0
 
     @staticmethod
     async def connect(address: str, greeting: Greeting, config: LinkConfig) -> "SinkLink":
@@ -114,7 +116,7 @@ class SinkLink:
             await self._channel.close()
 
     async def _converse(self) -> None:
-        tasks = (asyncio.create_task(self._listen()), asyncio.create_task(self._speak()))
+        tasks = [asyncio.create_task(part) for part in (self._listen(), self._speak(), self._watch())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -170,15 +172,20 @@ class SinkLink:
     async def _listen(self) -> None:
         try:
             while self.alive:
-                async with asyncio.timeout(self._config.silence_s):
-                    message = await self._call.read()
+                message = await self._call.read()  # _watch is its deadline
                 if message is grpc.aio.EOF:
                     return self._die("the source ended the link")
+                self._num_silent_ticks = 0
                 self._hear(message)
-        except TimeoutError:
-            self._die(f"the source was silent for {self._config.silence_s} s")
         except grpc.RpcError as error:
             self._die(f"the link to the source broke: {_code(error)}")
+
+    async def _watch(self) -> None:
+        """Silence is counted in ticks: when this process itself stood still, that is one tick, not many."""
+        while self._num_silent_ticks < SILENT_TICKS:
+            await asyncio.sleep(self._config.silence_s / SILENT_TICKS)
+            self._num_silent_ticks += 1
+        self._die(f"the source was silent for {self._config.silence_s} s")
 
     def _hear(self, message: pb.SourceMessage) -> None:
         match message.WhichOneof("kind"):

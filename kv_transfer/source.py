@@ -35,14 +35,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`announce_bytes`: about how much one announcement covers, so that a sink can start early."""
+    """`announce_bytes`: how much one announcement covers at most, so that a sink can start early. Hashing as much takes
+    about 5 ms; with a quarter of it the messages of a 1 GiB pull cost more than they hid."""
 
     lease_s: float = 30.0
     max_lease_s: float = 600.0  # however often renewed
     max_leases: int = 1024
     max_links: int = 256
     heartbeat_s: float = 0.5
-    announce_bytes: int = 32 << 20
+    announce_bytes: int = 128 << 20
 
 
 @dataclass(slots=True)

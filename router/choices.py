@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
 from router.detokenizer import TextStream
@@ -30,8 +32,7 @@ class Choice:
     finish_reason: FinishReason | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """What one delta added to a choice. `token_ids` and `logprobs` are those that count, up to a stop string."""
 
     choice: Choice

@@ -7,7 +7,7 @@ from engine.errors import InvalidRequest
 from engine.request import MAX_LOGPROBS, Request, RequestId, SamplingParams
 from router.answer import Job
 from router.choices import Choice
-from router.detokenizer import TextStream
+from router.detokenizer import StopStrings, TextStream
 from router.errors import ApiError
 from router.exchange import REQUEST_ID
 from router.generation import ModelCard
@@ -134,6 +134,7 @@ class Planner:
             raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}", param="n")
         base = f"{self._draw_bits(128):032x}"
         salt = f"{arrival.tenant}/{body.cache_salt or ''}" if arrival.tenant else body.cache_salt or ""
+        stops = StopStrings(params[0].stop)
         choices: list[Choice] = []
         for prompt, each in zip(prompts, params, strict=True):
             leader, seed = None, request_seed(each, self._draw_bits)
@@ -147,7 +148,7 @@ class Planner:
                     priority=body.priority or 0,
                     cache_salt=salt,
                 )
-                text = TextStream(self._tokenizer, each, prompt.token_ids)
+                text = TextStream(self._tokenizer, each, prompt.token_ids, stops=stops)
                 choice = Choice(len(choices), prompt, request, text, leader)
                 leader = leader or choice
                 choices.append(choice)

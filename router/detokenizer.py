@@ -160,39 +160,71 @@ class SentencePieceDecoder:
         return text
 
 
+class StopStrings:
+    """Several strings to look for at once (the automaton of Aho and Corasick, 1975). Immutable: choices share one.
+
+    A state is the longest beginning of any string that the text so far ends with; `depth` is its length.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.next: list[dict[str, int]] = [{}]
+        self.depth = [0]
+        self.fail = [0]
+        self.length = [0]  # of the longest string that ends in this state
+        for stop in stops:
+            self.length[self._insert(stop)] = len(stop)
+        self._link()
+
+    def step(self, state: int, character: str) -> int:
+        while state and character not in self.next[state]:
+            state = self.fail[state]
+        return self.next[state].get(character, 0)
+
+    def _insert(self, stop: str) -> int:
+        state = 0
+        for character in stop:
+            if character not in self.next[state]:
+                self.next[state][character] = len(self.next)
+                self.next.append({})
+                self.depth.append(self.depth[state] + 1)
+                self.fail.append(0)
+                self.length.append(0)
+            state = self.next[state][character]
+        return state
+
+    def _link(self) -> None:
+        queue = [(state, 0) for state in self.next[0].values()]
+        for state, fail in queue:  # grows while read: breadth first
+            self.fail[state] = fail
+            self.length[state] = self.length[state] or self.length[fail]
+            queue += [(child, self.step(fail, character)) for character, child in self.next[state].items()]
+
+
 class StopMatcher:
-    """Finds the first of several strings in a text that comes in parts (Aho and Corasick, 1975).
+    """Finds the first stop string in a text that comes in parts.
 
     The match that ends first wins; of those that end together the longest. Text is held back exactly as long as it
     may be the beginning of a match, so where the text was cut into parts makes no difference.
     """
 
-    def __init__(self, stops: Sequence[str], *, include: bool) -> None:
+    def __init__(self, stops: StopStrings, *, include: bool) -> None:
+        self._stops = stops
         self._include = include
-        self._next: list[dict[str, int]] = [{}]
-        self._depth = [0]
-        self._fail = [0]
-        self._length = [0]  # of the longest stop string that ends in this state
         self._state = 0
         self._held = ""
-        for stop in stops:
-            self._length[self._insert(stop)] = len(stop)
-        self._link()
 
     def feed(self, text: str, *, heed: bool) -> tuple[str, bool]:
         """The text that is free to go, and whether it ends at a match. Without `heed` matches are passed over."""
-        held, buffer, state = len(self._held), self._held + text, self._state
+        stops, held, buffer, state = self._stops, len(self._held), self._held + text, self._state
         for place, character in enumerate(text, start=held + 1):
-            while state and character not in self._next[state]:
-                state = self._fail[state]
-            state = self._next[state].get(character, 0)
-            if length := self._length[state]:
+            state = stops.step(state, character)
+            if length := stops.length[state]:
                 if heed:
                     return buffer[: place if self._include else place - length], True
-                while state and not self._next[state]:  # a passed-over match that begins nothing longer is not held
-                    state = self._fail[state]
+                while state and not stops.next[state]:  # passed over, and not the beginning of anything longer
+                    state = stops.fail[state]
         self._state = state
-        free = len(buffer) - self._depth[state]
+        free = len(buffer) - stops.depth[state]
         self._held = buffer[free:]
         return buffer[:free], False
 
@@ -201,43 +233,30 @@ class StopMatcher:
         held, self._held, self._state = self._held, "", 0
         return held
 
-    def _insert(self, stop: str) -> int:
-        state = 0
-        for character in stop:
-            if character not in self._next[state]:
-                self._next[state][character] = len(self._next)
-                self._next.append({})
-                self._depth.append(self._depth[state] + 1)
-                self._fail.append(0)
-                self._length.append(0)
-            state = self._next[state][character]
-        return state
-
-    def _link(self) -> None:
-        queue = [(state, 0) for state in self._next[0].values()]
-        for state, fail in queue:  # grows while read: breadth first
-            self._fail[state] = fail
-            self._length[state] = self._length[state] or self._length[fail]
-            for character, child in self._next[state].items():
-                suffix = fail
-                while suffix and character not in self._next[suffix]:
-                    suffix = self._fail[suffix]
-                queue.append((child, self._next[suffix].get(character, 0)))
-
 
 class TextStream:
     """The text of one choice. Push tokens until `stopped` or the last; `num_tokens` counts those that were used.
 
-    `prompt` is what the output continues; without it the output is decoded as a text of its own.
+    `prompt` is what the output continues; without it the output is decoded as a text of its own. `stops` are those
+    of `params`, for callers with many streams of the same parameters.
     """
 
-    def __init__(self, tokenizer: Detokenizer, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Detokenizer,
+        params: SamplingParams,
+        prompt: Sequence[int] = (),
+        *,
+        stops: StopStrings | None = None,
+    ) -> None:
         self.stopped = False  # a stop string was found
         self.num_tokens = 0
         self._decoder = tokenizer.decoder(skip_special_tokens=params.skip_special_tokens, prompt=prompt)
         self._min_tokens = params.min_tokens
         self._include = params.include_stop_str_in_output
-        self._matcher = StopMatcher(params.stop, include=self._include) if params.stop else None
+        self._matcher = None
+        if params.stop:
+            self._matcher = StopMatcher(stops or StopStrings(params.stop), include=self._include)
 
     def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None = None) -> str:
         """The text that these tokens set free. With a finish reason they are the last, and `finish` is included.

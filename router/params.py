@@ -9,6 +9,7 @@ from engine.request import SEED_MASK, SamplingParams
 from router.schema import SamplingFields
 
 MAX_CACHE_SALT = 1024
+MAX_STOP_CHARS = 8192  # of all stop strings together
 PRIORITIES = range(-(1 << 31), 1 << 31)
 
 # Names and types that fields and parameters share; None keeps the parameter's default.
@@ -54,6 +55,8 @@ def sampling_params(
 
 
 def _check_rest(fields: SamplingFields, params: SamplingParams) -> None:
+    if sum(map(len, params.stop)) > MAX_STOP_CHARS:
+        raise InvalidRequest(f"stop must have at most {MAX_STOP_CHARS} characters in all", param="stop")
     if fields.best_of is not None and fields.best_of != params.n:
         raise InvalidRequest("best_of must equal n: choices are not ranked", param="best_of")
     if fields.stream and fields.prompt_logprobs is not None:

@@ -37,12 +37,13 @@ class PromptEncoder:
         self._card = card
         self._threads = threads
 
-    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str, inline: bool = True) -> list[int]:
+        """Token ids of a text; `inline` allows a short one to be tokenized here and now."""
         limit = self._card.max_model_len * MAX_CHARS_PER_TOKEN
         if len(text) > limit:
             message = f"the text has {len(text)} characters, more than any prompt of this model can hold ({limit})"
             raise InvalidRequest(message, param=param, code="context_length_exceeded")
-        if len(text) <= MAX_INLINE_CHARS:
+        if inline and len(text) <= MAX_INLINE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
@@ -61,7 +62,8 @@ class PromptEncoder:
             raise InvalidRequest(f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(entries)}", param="prompt")
         if len({type(entry) for entry in entries}) > 1:
             raise InvalidRequest("prompt must hold texts or lists of token ids, not both", param="prompt")
-        return [await self._one(entry, add_special_tokens) for entry in entries]
+        inline = sum(len(entry) for entry in entries if isinstance(entry, str)) <= MAX_INLINE_CHARS
+        return [await self._one(entry, add_special_tokens, inline) for entry in entries]
 
     async def chat(self, fields: ChatBody | TokenizeBody, *, add_special_tokens: bool) -> Prompt:
         """The prompt of a conversation, through the model's chat template."""
@@ -71,12 +73,12 @@ class PromptEncoder:
             raise InvalidRequest("messages make an empty prompt", param="messages")
         return Prompt(tuple(ids), text)
 
-    async def _one(self, entry: str | int | list[int], add_special_tokens: bool) -> Prompt:
+    async def _one(self, entry: str | int | list[int], special: bool, inline: bool) -> Prompt:
         assert not isinstance(entry, int), entry
         if not entry:
             raise InvalidRequest("prompt must not be empty", param="prompt", code="empty_prompt")
         if isinstance(entry, str):
-            ids = await self.encode(entry, add_special_tokens=add_special_tokens, param="prompt")
+            ids = await self.encode(entry, add_special_tokens=special, param="prompt", inline=inline)
             return Prompt(tuple(ids), entry)
         check_ids(entry, self._card.vocab_size, "prompt")
         return Prompt(tuple(entry), None)

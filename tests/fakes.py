@@ -1,5 +1,6 @@
 """Stand-ins for what a test wants to control: time, and the math of a model."""
 
+import weakref
 from collections.abc import Callable
 
 from engine.executors.base import Batch, Chunk, Sampled, StepResult
@@ -60,6 +61,7 @@ class ScriptedExecutor:
         self._inner = instant_executor(
             num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len, vocab_size=vocab_size
         )
+        weakref.finalize(self, self._inner.close)  # a test may make hundreds
         self.layout = self._inner.layout
         self.memory = self._inner.memory
         self.layer_groups = self._inner.layer_groups
@@ -82,7 +84,7 @@ class ScriptedExecutor:
         return StepResult(sampled, result.prompt_logprobs)
 
     def close(self) -> None:
-        self._inner.close()
+        """The memory goes with this object, as `step` needs it."""
 
     def _check_writes(self, batch: Batch) -> None:
         written: set[int] = set()

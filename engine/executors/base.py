@@ -6,11 +6,13 @@ about requests between steps; the KV blocks are its only memory, and the schedul
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine.kv.layout import KvLayout
-from engine.kv.memory import HostMemory
 from engine.request import RequestId, SamplingParams
+
+if TYPE_CHECKING:  # the scheduler, which is pure, imports this module for its batch types
+    from engine.kv.memory import HostMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Executor(Protocol):
     """
 
     layout: KvLayout
-    memory: HostMemory
+    memory: "HostMemory"
     layer_groups: tuple[int, ...]
     vocab_size: int
     max_model_len: int

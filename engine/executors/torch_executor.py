@@ -28,10 +28,10 @@ LOGITS_BYTES = 64 << 20  # of prompt log probabilities computed at a time
 
 @dataclass(frozen=True, slots=True)
 class TorchConfig:
-    """`num_blocks` None is what fits into `kv_memory` bytes. `dtype` "auto" is the checkpoint's, except that a
-    CPU computes a float16 checkpoint in float32, which holds every float16 exactly and is many times faster there. `max_model_len` None is the most that the
-    model and the blocks allow. `layers_per_group` None is a quarter of the layers. `num_threads` None leaves
-    PyTorch's setting, which belongs to the whole process, as it is.
+    """`num_blocks` None is what fits into `kv_memory` bytes. `dtype` "auto" is the checkpoint's, except that a CPU
+    computes a float16 checkpoint in float32, which holds every float16 exactly and is many times faster there.
+    `max_model_len` None is the most that the model and the blocks allow. `layers_per_group` None is a quarter of the
+    layers. `num_threads` None leaves PyTorch's setting, which belongs to the whole process, as it is.
     """
 
     num_blocks: int | None = None

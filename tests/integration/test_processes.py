@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import httpx
 import pytest
@@ -45,11 +45,14 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
 
 
 def prompts() -> list[list[int]]:
-    return [[5 + (17 * i + 3 * j) % 500 for j in range(60 + 10 * i)] for i in range(NUM_STREAMS)]
+    return [[5 + (17 * i + 3 * j) % 500 for j in range(300 + 30 * i)] for i in range(NUM_STREAMS)]
 
 
-async def stream(client: httpx.AsyncClient, prompt: Sequence[int], started: asyncio.Event) -> list[int]:
-    """Token ids of one streamed completion; fails on an error event or an end without [DONE]."""
+async def stream(client: httpx.AsyncClient, prompt: Sequence[int], saw: Callable[[int], None]) -> list[int]:
+    """Token ids of one streamed completion; fails on an error event or an end without [DONE].
+
+    `saw` hears how many tokens there are, after each event.
+    """
     body = {
         "model": "tiny",
         "prompt": list(prompt),
@@ -70,19 +73,28 @@ async def stream(client: httpx.AsyncClient, prompt: Sequence[int], started: asyn
                 chunk = json.loads(line.removeprefix("data: "))
                 assert "error" not in chunk, chunk
                 token_ids += chunk["choices"][0]["token_ids"]
-                if len(token_ids) >= NUM_TOKENS // 4:
-                    started.set()
+                saw(len(token_ids))
     raise AssertionError("the stream ended without [DONE]")
 
 
-async def all_streams(url: str, disturb: object = None) -> list[list[int]]:
-    started = asyncio.Event()
-    async with httpx.AsyncClient(base_url=url, timeout=100) as client:
-        tasks = [asyncio.create_task(stream(client, prompt, started)) for prompt in prompts()]
-        if callable(disturb):
-            await started.wait()
-            disturb()
-        return await asyncio.gather(*tasks)
+async def all_streams(
+    cluster: LocalCluster, disturb: Callable[[], None] = lambda: None, at_token: int = NUM_TOKENS
+) -> list[list[int]]:
+    """Run every prompt at once; `disturb` when the first stream has `at_token` tokens."""
+    pending = [disturb]
+
+    def saw(num_tokens: int) -> None:
+        if num_tokens >= at_token and pending:
+            pending.pop()()
+
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=100) as client:
+        return await asyncio.gather(*(stream(client, prompt, saw) for prompt in prompts()))
+
+
+async def num_retries(cluster: LocalCluster) -> int:
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client:
+        counters = (await client.get("/status")).json()["counters"]
+    return int(counters["attempts"]) - int(counters["requests"])
 
 
 async def until_complete(cluster: LocalCluster) -> None:
@@ -97,27 +109,39 @@ async def until_complete(cluster: LocalCluster) -> None:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def undisturbed(cluster: LocalCluster) -> list[list[int]]:
-    return await all_streams(cluster.url)
+    tokens = await all_streams(cluster)
+    assert all(len(each) == NUM_TOKENS for each in tokens)
+    assert await num_retries(cluster) == 0
+    return tokens
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_streams_survive_a_killed_worker(cluster: LocalCluster, undisturbed: list[list[int]], role: str) -> None:
+# When the first stream has its first token most prompts are still being computed; later, all are decoding.
+MOMENTS = pytest.mark.parametrize(("role", "at_token"), [("prefill", 1), ("decode", 1), ("decode", NUM_TOKENS // 2)])
+
+
+@MOMENTS
+async def test_streams_survive_a_killed_worker(
+    cluster: LocalCluster, undisturbed: list[list[int]], role: str, at_token: int
+) -> None:
     await until_complete(cluster)
-    assert all(len(tokens) == NUM_TOKENS for tokens in undisturbed)
-    victim = cluster.pids[f"{role}-0"]
-    assert await all_streams(cluster.url, lambda: os.kill(victim, signal.SIGKILL)) == undisturbed
+    victim, before = cluster.pids[f"{role}-0"], await num_retries(cluster)
+    assert await all_streams(cluster, lambda: os.kill(victim, signal.SIGKILL), at_token) == undisturbed
+    assert await num_retries(cluster) > before, "nothing depended on the worker: the test shows nothing"
     await until_complete(cluster)
     assert cluster.pids[f"{role}-0"] != victim
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_streams_survive_a_frozen_worker(cluster: LocalCluster, undisturbed: list[list[int]], role: str) -> None:
+@MOMENTS
+async def test_streams_survive_a_frozen_worker(
+    cluster: LocalCluster, undisturbed: list[list[int]], role: str, at_token: int
+) -> None:
     await until_complete(cluster)
-    victim = cluster.pids[f"{role}-1"]
+    victim, before = cluster.pids[f"{role}-1"], await num_retries(cluster)
     try:
-        assert await all_streams(cluster.url, lambda: os.kill(victim, signal.SIGSTOP)) == undisturbed
+        assert await all_streams(cluster, lambda: os.kill(victim, signal.SIGSTOP), at_token) == undisturbed
     finally:
         os.kill(victim, signal.SIGCONT)
+    assert await num_retries(cluster) > before, "nothing depended on the worker: the test shows nothing"
     await until_complete(cluster)
     assert cluster.pids[f"{role}-1"] == victim
 

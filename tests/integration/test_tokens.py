@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from engine.executors.torch_executor import TorchConfig, TorchExecutor
 
+from engine.executors.torch_executor import TorchConfig, TorchExecutor
 from engine.request import SamplingParams
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.integration.harness import running_cluster

@@ -51,8 +51,10 @@ class Twin:
         return blocks
 
     def store(self, tokens: list[int], blocks: list[BlockId], num_tokens: int) -> None:
-        """`blocks` become those that are cached."""
-        for i in range(num_tokens // SIZE):
+        """Those of `blocks` behind the last one that is cached itself become the cached ones."""
+        prefixes = [tuple(tokens[: (i + 1) * SIZE]) for i in range(num_tokens // SIZE)]
+        own = [i for i, prefix in enumerate(prefixes) if self.cached.get(prefix) == blocks[i]]
+        for i in range(max(own, default=-1) + 1, num_tokens // SIZE):
             cached = self.cached.setdefault(tuple(tokens[: (i + 1) * SIZE]), blocks[i])
             self.holders.subtract([blocks[i]])
             self.holders.update([cached])

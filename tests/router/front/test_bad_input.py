@@ -7,12 +7,17 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
-from router.http import FrontConfig
-from router.schema import MAX_DEPTH
+from router.generation import ModelCard
+from router.http import Front, FrontConfig
+from router.metrics import Metrics
+from router.schema import MAX_DEPTH, ChatBody, CompletionBody
 from router.server import ServerConfig
 from router.tokenizer import Tokenizer
-from tests.router.front.fakes import MODEL, Running, running, saying, until
+from tests.router.front.fakes import MODEL, FakeGenerator, Running, running, saying, until
 
 HI = [{"role": "user", "content": "hi"}]
 NESTED = b'{"prompt":"x","unknown":' + b"[" * 100 + b"]" * 100 + b"}"
@@ -55,6 +60,7 @@ BAD_COMPLETIONS: list[tuple[Any, str | None]] = [
     ({"prompt": "x", "seed": True}, "seed"),
     ({"prompt": "x", "stop": ["a"] * 100_000}, "stop"),
     ({"prompt": "x", "stop": ["a" * 2000]}, "stop"),
+    ({"prompt": "x", "stop": ["a" * 1000] * 9}, "stop"),
     ({"prompt": "x", "stop": [""]}, "stop"),
     ({"prompt": "x", "stop": [1]}, "stop[0]"),
     ({"prompt": "x", "stop_token_ids": [512]}, "stop_token_ids"),
@@ -290,3 +296,54 @@ async def test_a_body_of_another_media_type_is_refused(tokenizer: Tokenizer) -> 
         charset = await server.raw(head % b"application/json; charset=utf-8" + b'{"prompt":"x"}')
         none = await server.raw(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 14\r\n\r\n{"prompt":"x"}')
     assert [answer[0] for answer in (form, charset, none)] == [415, 200, 200]
+
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8), st.just(2**64)
+)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner))
+messages = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name"]), st.just("user") | values, max_size=4),
+    max_size=3,
+)
+NAMES = sorted({*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__} - {"prompt", "messages"})
+
+
+@given(
+    prompt=st.one_of(st.text(max_size=9), st.lists(st.integers(-2, 600), max_size=4), values),
+    messages=st.one_of(messages, values),
+    fields=st.dictionaries(st.sampled_from(NAMES), values, max_size=3),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_body_makes_a_server_error(tokenizer: Tokenizer, prompt: Any, messages: Any, fields: dict[str, Any]) -> None:
+    front = Front(
+        FakeGenerator(saying(tokenizer, "fine")),
+        ModelCard(MODEL, 512, 256, (0,)),
+        tokenizer,
+        Metrics(CollectorRegistry(), MODEL),
+        FrontConfig(),
+    )
+
+    async def status(path: str, body: dict[str, Any]) -> int:
+        parts = [{"type": "http.request", "body": json.dumps(body).encode()}]
+        statuses = []
+
+        async def receive() -> dict[str, Any]:
+            return parts.pop() if parts else await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(message: dict[str, Any]) -> None:
+            if "status" in message:
+                statuses.append(message["status"])
+
+        await front({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send)
+        return statuses[0]
+
+    for path, body in (
+        ("/v1/completions", {"prompt": prompt, **fields}),
+        ("/v1/chat/completions", {"messages": messages, **fields}),
+        ("/tokenize", {"prompt": prompt, **fields}),
+        ("/tokenize", {"messages": messages, **fields}),
+        ("/detokenize", {"tokens": prompt}),
+    ):
+        assert asyncio.run(status(path, body)) in (200, 400, 404)
+    front.close()

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models
 
 from engine.request import FinishReason, SamplingParams
 from router.chat_template import ChatTemplates
-from router.detokenizer import StopMatcher, TextStream, parse_rules
+from router.detokenizer import StopMatcher, StopStrings, TextStream, parse_rules
 from router.tokenizer import Tokenizer
 
 BYTE_LEVEL_WORDS = ["a", "b", "ab", "Ġ", "Ġa", "ĠĠ", "ðŁ", "ĺ", "Ģ", "ĺĢ", "Ã", "©", "ÿ", "Ċ", "c"]
@@ -35,7 +35,7 @@ SENTENCE_WORDS = [
 def make(words: Sequence[str], decoder: decoders.Decoder) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
     backend.decoder = decoder
-    backend.add_tokens([AddedToken("<s>", special=True), AddedToken(" x y", special=False)])
+    backend.add_tokens([AddedToken("<s>", special=True), AddedToken(" x y", special=False), AddedToken("é€")])
     return Tokenizer(backend, ChatTemplates({}, {}, None))  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ GEMMA = make(SENTENCE_WORDS, decoders.Sequence([REPLACE, FALLBACK, FUSE]))
 BYTES = make(BYTE_LEVEL_WORDS, decoders.ByteLevel())
 TOKENIZERS = {"llama": LLAMA, "gemma": GEMMA, "bytes": BYTES}
 
-ids = st.lists(st.integers(0, max(len(SENTENCE_WORDS), len(BYTE_LEVEL_WORDS)) + 3), max_size=24)
+ids = st.lists(st.integers(0, max(len(SENTENCE_WORDS), len(BYTE_LEVEL_WORDS)) + 4), max_size=24)
 
 
 def cut(token_ids: list[int], seed: int) -> list[list[int]]:
@@ -113,7 +113,7 @@ stop_strings = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), min_size
 @given(parts=st.lists(st.tuples(texts, st.booleans()), max_size=12), stops=stop_strings, include=st.booleans())
 @settings(max_examples=1500, deadline=None)
 def test_stops_are_found_as_by_brute_force(parts: list[tuple[str, bool]], stops: list[str], include: bool) -> None:
-    matcher = StopMatcher(stops, include=include)
+    matcher = StopMatcher(StopStrings(stops), include=include)
     text, heeded, shown, stopped = "", [], "", False
     for part, heed in parts:
         free, stopped = matcher.feed(part, heed=heed)
@@ -179,7 +179,7 @@ def test_held_text_is_shown_at_the_end_of_the_output() -> None:
 
 
 def test_many_long_stop_strings_cost_constant_time_for_each_character() -> None:
-    matcher = StopMatcher(["a" * length + "b" for length in range(1, 65)], include=False)
+    matcher = StopMatcher(StopStrings(["a" * length + "b" for length in range(1, 65)]), include=False)
     text = "a" * 20_000
     shown = matcher.feed(text, heed=True)[0] + matcher.finish()
     assert shown == text
