@@ -26,7 +26,7 @@ class _Envelope(msgspec.Struct):
     id: str | int | None = None
     custom_id: str | None = None
     url: str | None = None
-    body: msgspec.Raw | None = None
+    body: msgspec.Raw = msgspec.Raw()  # empty: a plain line
 
 
 class _Messages(msgspec.Struct):
@@ -54,12 +54,13 @@ def parse_line(line: bytes, number: int, defaults: SamplingParams) -> Task:
         return Task(number, None, error)
     identity = envelope.custom_id if envelope.custom_id is not None else envelope.id
     task_id = number if identity is None else identity
+    body = bytes(envelope.body)
+    url = (envelope.url or "") if body else None
     try:
-        if envelope.body is None:
-            return Task(task_id, None, _plain_job(line, defaults))
-        return Task(task_id, envelope.url or "", _batch_job(envelope.url, bytes(envelope.body), defaults))
+        job: Job | InvalidRequest = _plain_job(line, defaults) if url is None else _batch_job(url, body, defaults)
     except InvalidRequest as error:
-        return Task(task_id, None if envelope.body is None else envelope.url or "", error)
+        job = error
+    return Task(task_id, url, job)
 
 
 def _plain_job(line: bytes, defaults: SamplingParams) -> Job:
@@ -72,7 +73,7 @@ def _plain_job(line: bytes, defaults: SamplingParams) -> Job:
     return Job(decode_body(line, _Prompt).prompt, _params(defaults, given))
 
 
-def _batch_job(url: str | None, body: bytes, defaults: SamplingParams) -> Job:
+def _batch_job(url: str, body: bytes, defaults: SamplingParams) -> Job:
     if url == CHAT_URL:
         chat = decode_body(body, ChatBody)
         refuse_unsupported(chat)

@@ -63,13 +63,9 @@ def _fail(lines: list[str], status: int) -> None:
     sys.exit(status)
 
 
-def _load(path: Path, port: int | None = None) -> ClusterSpec:
-    """The spec with its run directory; `port` takes the place of router.port."""
-    spec = load_spec(path)
-    if port is not None:
-        data = plain_data(spec)
-        spec = parse_spec(data | {"router": data.get("router", {}) | {"port": port}})
-    return with_run_dir(spec, os.environ) if spec.router.port else spec
+def _load(path: Path) -> ClusterSpec:
+    """The spec with the run directory that every command of the cluster agrees on."""
+    return with_run_dir(load_spec(path), os.environ)
 
 
 @app.command()
@@ -78,14 +74,19 @@ def up(
     port: Annotated[int | None, typer.Option(help="HTTP port, instead of the spec's; 0: any free one.")] = None,
 ) -> None:
     """Start a whole cluster on this machine and serve until Ctrl-C."""
-    asyncio.run(_up(_load(spec, port)))
+    data = plain_data(load_spec(spec))
+    if port is not None:
+        data["router"] = data.get("router", {}) | {"port": port}
+    asyncio.run(_up(parse_spec(data)))
 
 
 async def _up(spec: ClusterSpec) -> None:
     from cluster.launcher import LocalCluster
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    cluster = LocalCluster(spec, progress=console.is_terminal, report=lambda ended: console.print(ended, markup=False))
+    cluster = LocalCluster(
+        spec, progress=console.is_terminal, report=lambda ended: console.print(str(ended), markup=False)
+    )
     async with cluster:
         console.print(f"serving {cluster.spec.public_model_name} at {cluster.url} until Ctrl-C", markup=False)
         console.print(f"logs: {cluster.run_dir / 'logs'}", markup=False)

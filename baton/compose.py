@@ -37,7 +37,7 @@ from router.generation import ModelCard
 from router.http import Front, FrontConfig
 from router.metrics import Metrics
 from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingPolicy
-from router.server import serve
+from router.server import ServerConfig, serve
 from router.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ async def run_router(spec: ClusterSpec, *, index: int = 0) -> None:
     try:
         with _stop_signals() as stop:
             running.add_done_callback(lambda _task: stop.set())  # a router without its dispatcher is no use
-            await serve(front, spec.router.host, spec.router.port, stop=stop)
+            limits = ServerConfig(drain_s=DRAIN_GRACE_S)
+            await serve(front, spec.router.host, spec.router.port, stop=stop, config=limits)
     finally:
         await dispatcher.close()
         front.close()

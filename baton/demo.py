@@ -120,9 +120,7 @@ async def _demo(spec: ClusterSpec, path: Path, console: Console, *, trained: boo
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with LocalCluster(spec, progress=True) as cluster:
         if not trained:
-            console.print(
-                "The demo's checkpoint is random numbers: the path is real, the text is gibberish.", style="dim"
-            )
+            console.print(UNTRAINED, style="dim")
         model, chat = spec.public_model_name, has_chat_template(path)
         timeline, num_tokens = await show_answer(cluster.url, model, console, chat=chat)
         console.print(timeline_table(timeline, num_tokens))

@@ -35,11 +35,10 @@ CHAT_TEMPLATE = (
 
 # Modules of the standard library with much English in their docstrings; present in every Python that Baton runs on.
 TEXT_MODULES = """
-argparse ast base64 calendar codecs collections/__init__ configparser contextlib copy csv dataclasses datetime difflib
-doctest email/message enum fractions functools gettext glob heapq inspect json/__init__ locale logging/__init__ mailbox
-mimetypes operator optparse os pathlib pdb pickle pickletools platform pprint pydoc random sched shelve shlex shutil
-smtplib socket socketserver statistics string subprocess tarfile tempfile textwrap threading timeit tokenize trace
-traceback typing unittest/case unittest/mock urllib/parse urllib/request uuid warnings weakref xml/dom/minidom zipfile
+argparse codecs collections/__init__ configparser copy csv datetime difflib email/message enum functools heapq inspect
+json/__init__ locale logging/__init__ optparse os pathlib pickle platform pprint random shlex shutil socket statistics
+string subprocess tarfile tempfile textwrap threading timeit trace typing unittest/case unittest/mock urllib/parse
+urllib/request uuid weakref zipfile
 """
 
 

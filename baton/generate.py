@@ -40,7 +40,7 @@ def read_tasks(lines: Iterable[bytes], defaults: SamplingParams, skip: set[str |
 
 
 def generate_lines(
-    llm: LLM, tasks: Iterable[Task], output: BinaryIO, model: str, count: Count, clock: Callable[[], float]
+    llm: LLM, tasks: Iterable[Task], output: BinaryIO, count: Count, clock: Callable[[], float]
 ) -> Tally:
     """Answer the tasks and write their lines in order. Raises what ends the run; what was written stays."""
     tally = Tally()
@@ -57,7 +57,7 @@ def generate_lines(
         for place, end in ends:
             task = open_tasks.pop(place)
             if isinstance(end, RequestOutput):
-                lines[place] = done_line(task, end, model, int(clock()))
+                lines[place] = done_line(task, end, llm.model, int(clock()))
                 tally.num_done += 1
                 count(end)
             elif isinstance(end, RECORDED):
@@ -143,7 +143,7 @@ def generate_command(
             file, known = open_output(output, resume)
             with file, throughput_bar(console, _num_lines(source, len(known)), enabled=console.is_terminal) as count:
                 tasks = read_tasks(lines, params, known)
-                tally = generate_lines(llm, tasks, file, model or "", count, time.time)
+                tally = generate_lines(llm, tasks, file, count, time.time)
     except FileExistsError:
         _fail(console, f"{output} exists: go on with it by --resume, or name another file", 2)
     except KeyboardInterrupt:

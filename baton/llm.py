@@ -69,6 +69,11 @@ class LLM:
         else:
             raise ValueError("give LLM a model (path or hub id) or the url of a server")
 
+    @property
+    def model(self) -> str:
+        """What the model is called: as it was given, or by the server."""
+        return self._backend.model
+
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: Params | None = None, *, progress: bool = True
     ) -> list[RequestOutput]:

@@ -65,7 +65,7 @@ def local_backend(model: str, config: LocalConfig) -> "LocalBackend":
     sizes = replace(sizes, num_blocks=memory // _block_bytes(path, sizes))
     with loading_bar(Console(stderr=True)) as progress:
         executor = TorchExecutor(path, sizes, progress)
-    return LocalBackend(executor, limits, tokenizer, randbits)
+    return LocalBackend(model, executor, limits, tokenizer, randbits)
 
 
 def _block_bytes(path: Path, config: TorchConfig) -> int:
@@ -78,8 +78,14 @@ class LocalBackend:
     """Implements `baton.outputs.Backend`. Owns executor, engine and thread until `close`."""
 
     def __init__(
-        self, executor: Executor, limits: SchedulerConfig, tokenizer: Tokenizer, draw_bits: Callable[[int], int]
+        self,
+        model: str,
+        executor: Executor,
+        limits: SchedulerConfig,
+        tokenizer: Tokenizer,
+        draw_bits: Callable[[int], int],
     ) -> None:
+        self.model = model
         self.max_in_flight = 2 * limits.max_num_seqs  # one batch runs, the next is ready
         self._executor = executor
         self._engine = Engine(executor, limits, secret="", model=executor.model_hash)  # nobody to keep apart
@@ -269,11 +275,11 @@ class _Choice:
     def _reason(self) -> str | None:
         return None if self.finish_reason is None else self.finish_reason.value
 
-    def _stop_string(self) -> str:
+    def _stop_string(self) -> str | None:
         params = self.request.params
         text = "".join(self._texts)
         if params.include_stop_str_in_output:
-            return max((stop for stop in params.stop if text.endswith(stop)), key=len)
+            return max((stop for stop in params.stop if text.endswith(stop)), key=len, default=None)
         decoder = self._tokenizer.decoder(skip_special_tokens=params.skip_special_tokens, prompt=self.request.token_ids)
         whole = decoder.push(self._token_ids) + decoder.finish()
-        return min((stop for stop in params.stop if whole.startswith(stop, len(text))), key=len)
+        return min((stop for stop in params.stop if whole.startswith(stop, len(text))), key=len, default=None)

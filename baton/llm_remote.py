@@ -19,6 +19,7 @@ from baton.remote_messages import parse_increment, parse_output, request_body
 from engine.errors import InvalidRequest
 from router.generation import DeadlineExceeded, GenerationFailed, Overloaded
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CONNECT_S = 10.0
 MAX_WAIT_S = 30.0  # between two tries, whatever the server says
 MAX_UNAVAILABLE = 5  # tries of a request that no worker could take
@@ -37,6 +38,7 @@ class RemoteBackend:
             base_url=self._url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout, connect=CONNECT_S),
+            trust_env=httpx.URL(self._url).host not in LOOPBACK,  # a proxy would look for it on its own machine
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight),
         )
         self._loop = asyncio.new_event_loop()
@@ -164,7 +166,7 @@ async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             return
         event = msgspec.json.decode(data, type=dict[str, Any])
         if "error" in event:
-            raise _as_exception(503, event["error"], 1.0)
+            raise _as_exception(500, event["error"], 1.0)
         yield event
     raise ConnectionError("the server ended the answer in its middle")
 

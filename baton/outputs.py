@@ -74,6 +74,7 @@ class Backend(Protocol):
     function that cancels the request; after it nobody may count on another call.
     """
 
+    model: str  # its name there
     max_in_flight: int  # jobs worth having under way at once
 
     def complete(self, job: Job, on_end: OnEnd) -> Callable[[], None]: ...

@@ -55,17 +55,18 @@ def _place(worker: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def _table(workers: list[Mapping[str, Any]]) -> Table:
-    table = Table()
-    for title in ("worker", "role", "address", "state"):
-        table.add_column(title)
-    for title in ("running", "waiting", "tokens to prefill", "handoffs", "KV blocks used"):
+    table = Table(
+        caption="to prefill: prompt tokens not computed yet; KV blocks: in use of all", caption_justify="left"
+    )
+    for title in ("worker", "state"):
+        table.add_column(title, no_wrap=True)
+    for title in ("running", "waiting", "to prefill", "handoffs", "KV blocks"):
         table.add_column(title, justify="right")
     for worker in workers:
         loads = (
             worker.get(field, "") for field in ("num_running", "num_waiting", "num_waiting_tokens", "num_handoffs")
         )
-        names = (Text(str(worker.get(field, ""))) for field in ("id", "role", "address"))
-        table.add_row(*names, _state(worker), *map(str, loads), _blocks(worker))
+        table.add_row(Text(str(worker.get("id", ""))), _state(worker), *map(str, loads), _blocks(worker))
     return table
 
 
@@ -81,4 +82,4 @@ def _blocks(worker: Mapping[str, Any]) -> str:
     total, free = worker.get("num_blocks"), worker.get("num_free_blocks")
     if not total or free is None:
         return ""
-    return f"{total - free} of {total} ({(total - free) / total:.0%})"
+    return f"{total - free}/{total}"

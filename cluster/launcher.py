@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -19,6 +18,7 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from cluster.addresses import free_port, loopback_host
 from cluster.checkpoint import resolve_model
 from cluster.process import Command, ending, last_lines
 from cluster.registry.file_store import clear_leases
@@ -46,7 +46,7 @@ def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpe
                 [f"{role}.port: {pool.port} is not allowed with {pool.replicas} workers on one machine; allowed: 0"]
             )
     if spec.router.port == 0:
-        router = spec.router.model_copy(update={"port": _free_port(spec.router.host)})
+        router = spec.router.model_copy(update={"port": free_port(spec.router.host)})
         spec = spec.model_copy(update={"router": router})
     # Before any process starts, so that a hub id is downloaded once and a wrong one is refused at once.
     model = {"model": str(resolve_model(spec.model)), "served_model_name": spec.public_model_name}
@@ -54,15 +54,9 @@ def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpe
     return with_run_dir(spec, environ)
 
 
-def _free_port(host: str) -> int:
-    """A port that was free a moment ago; the router fails to start in the rare case that it is taken by then."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-        return int(server.getsockname()[1])
-
-
 def router_url(spec: ClusterSpec) -> str:
     """Where a client on this machine reaches the router."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.router.host, spec.router.host)
+    host = loopback_host(spec.router.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{spec.router.port}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.errors import TransferError
 from engine.kv.memory import HostMemory
-from kv_transfer.link import checksum
+from kv_transfer.checksum import Digests
 from kv_transfer.plan import TransferPlan
 from kv_transfer.transports.base import Fetch, PieceReader
 
@@ -84,10 +84,11 @@ class Copier:
 
     def _fetch_batch(self, pieces: Sequence[Piece], stop: Event) -> list[Piece]:
         fetches = [self._fetch_of(piece) for piece in pieces]
-        self._reader.read(self._target.lease_id, fetches, stop)
+        digests = Digests(len(fetch.into) for fetch in fetches)
+        self._reader.read(self._target.lease_id, fetches, digests.arrived, stop)
         bad = []
-        for piece, fetch in zip(pieces, fetches, strict=True):
-            if checksum(fetch.into) != piece.checksum:
+        for piece, fetch, digest in zip(pieces, fetches, digests.done, strict=True):
+            if digest != piece.checksum:
                 bad.append(piece)
             elif self._direct[piece.layer_group] is None:
                 self._scatter(piece, fetch.into)

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 import grpc
-import xxhash
 
 from engine import auth
 from engine.kv.layout import KvLayout
@@ -77,8 +76,3 @@ def layer_ranges(layer_groups: tuple[int, ...], layout: KvLayout) -> tuple[range
     if not groups or any(not group for group in groups) or groups[-1].stop != layout.num_layers:
         raise ValueError(f"layer_groups must ascend to {layout.num_layers}, not {layer_groups[:8]}")
     return groups
-
-
-def checksum(piece: memoryview) -> int:
-    """Of one piece: one block's bytes of one group of layers. Runs without the interpreter lock."""
-    return xxhash.xxh3_64_intdigest(piece)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from engine.kv.memory import HostMemory
-from kv_transfer.link import checksum
+from kv_transfer.checksum import checksum
 from kv_transfer.transports.base import LINK_ID_BYTES
 from protos import transfer_pb2 as pb
 
@@ -98,7 +99,7 @@ class SourceLink:
             if reply.refused:
                 return
             await self._converse(context, silence_s)
-        except (grpc.RpcError, TimeoutError) as error:
+        except (grpc.RpcError, TimeoutError, DecodeError) as error:
             log.info("link %s lost: %r", self.id.hex()[:8], error)
         finally:
             self._ended = True

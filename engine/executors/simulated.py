@@ -107,8 +107,9 @@ class SimulatedExecutor:
         size, slots, block_ids = self._config.block_size, self._slots, chunk.block_ids
         end = chunk.start + len(chunk.token_ids)
         keys = range(max(0, end - NUM_LAST), end)
-        offset = end * 0x9E3779B1 >> 7  # moves over the sequence from step to step
-        probes = [(offset + i * end // NUM_PROBES) % end for i in range(NUM_PROBES)]
+        # Golden-ratio steps: within a few tokens every stretch of the sequence has been looked at.
+        offset = (end * 0x9E3779B1 % (1 << 32)) * end // NUM_PROBES >> 32
+        probes = [offset + i * end // NUM_PROBES for i in range(NUM_PROBES)]
         seen = [slots[block_ids[at // size] * 2 * size + at % size] for at in keys]
         seen += [slots[(block_ids[at // size] * 2 + 1) * size + at % size] for at in probes]
         digest = xxh3_64_intdigest(array("i", seen).tobytes(), end)

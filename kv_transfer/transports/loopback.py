@@ -8,7 +8,7 @@ from threading import Event
 
 from engine.errors import TransferError
 from engine.kv.memory import HostMemory
-from kv_transfer.transports.base import Fetch, ReadGuard
+from kv_transfer.transports.base import Arrived, Fetch, ReadGuard
 
 NAME = "loopback"
 
@@ -56,11 +56,12 @@ class LoopbackReader:
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
 
-    def read(self, lease_id: str, fetches: Sequence[Fetch], stop: Event) -> None:  # noqa: ARG002
+    def read(self, lease_id: str, fetches: Sequence[Fetch], arrived: Arrived, stop: Event) -> None:  # noqa: ARG002
         for fetch in fetches:
             if stop.is_set():
                 raise TransferError("stopped", retryable=True)
             fetch.into[:] = self._memory.buffer[fetch.offset : fetch.offset + len(fetch.into)]
+            arrived(fetch.into)
 
     def close(self) -> None:
         pass

@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.errors import TransferError
 from engine.kv.memory import HostMemory
-from kv_transfer.transports.base import Fetch, ReadGuard
+from kv_transfer.transports.base import PART_BYTES, Arrived, Fetch, ReadGuard
 
 NAME = "shared_memory"
 KEY_BYTES = 32
@@ -102,18 +102,21 @@ def _open_memory_file(process: int, fd: str, size: int) -> int:
 
 class SharedMemoryReader:
     name = NAME
-    batch_bytes = 1 << 20  # checked right after it was copied, while it is in the cache
+    batch_bytes = 8 << 20
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self._mapping = mapping
 
-    def read(self, lease_id: str, fetches: Sequence[Fetch], stop: Event) -> None:  # noqa: ARG002
+    def read(self, lease_id: str, fetches: Sequence[Fetch], arrived: Arrived, stop: Event) -> None:  # noqa: ARG002
         for fetch in fetches:
             if stop.is_set():
                 raise TransferError("stopped", retryable=True)
             # numpy, because it copies without the interpreter lock
             source = np.frombuffer(self._mapping, np.uint8, count=len(fetch.into), offset=fetch.offset)
-            np.copyto(np.frombuffer(fetch.into, np.uint8), source)
+            for start in range(0, len(fetch.into), PART_BYTES):
+                part = fetch.into[start : start + PART_BYTES]
+                np.copyto(np.frombuffer(part, np.uint8), source[start : start + PART_BYTES])
+                arrived(part)
 
     def close(self) -> None:
         self._mapping.close()

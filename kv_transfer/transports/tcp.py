@@ -11,7 +11,7 @@ from threading import Event, Lock
 from engine.auth import challenge_response
 from engine.errors import TransferError
 from kv_transfer.transports import tcp_wire as wire
-from kv_transfer.transports.base import LINK_ID_BYTES, LINK_KEY_BYTES, Fetch
+from kv_transfer.transports.base import LINK_ID_BYTES, LINK_KEY_BYTES, PART_BYTES, Arrived, Fetch
 
 NAME = wire.NAME
 CONNECT_S = 2.0
@@ -50,7 +50,7 @@ class TcpReader:
         except (wire.Disconnected, OSError) as error:
             raise TransferError(f"the source's data port cannot be used: {error}", retryable=True) from error
 
-    def read(self, lease_id: str, fetches: Sequence[Fetch], stop: Event) -> None:
+    def read(self, lease_id: str, fetches: Sequence[Fetch], arrived: Arrived, stop: Event) -> None:
         connection: socket.socket | None = None
         try:
             with self._lock:
@@ -59,7 +59,7 @@ class TcpReader:
             refused = False
             for start in range(0, len(fetches), wire.MAX_PIECES):
                 refused = refused or not self._exchange(
-                    connection, lease_id, fetches[start : start + wire.MAX_PIECES], stop
+                    connection, lease_id, fetches[start : start + wire.MAX_PIECES], arrived, stop
                 )
         except (wire.Disconnected, OSError) as error:
             if connection is not None:
@@ -75,7 +75,9 @@ class TcpReader:
             connection.close()
         self._idle.clear()
 
-    def _exchange(self, connection: socket.socket, lease_id: str, fetches: Sequence[Fetch], stop: Event) -> bool:
+    def _exchange(
+        self, connection: socket.socket, lease_id: str, fetches: Sequence[Fetch], arrived: Arrived, stop: Event
+    ) -> bool:
         """False when the source refused."""
         name = lease_id.encode()
         pieces = b"".join(wire.PIECE.pack(fetch.layer_group, fetch.block_index) for fetch in fetches)
@@ -86,7 +88,10 @@ class TcpReader:
         if size != sum(len(fetch.into) for fetch in fetches):
             raise wire.Disconnected("another number of bytes than asked for")
         for fetch in fetches:
-            wire.receive(connection, fetch.into, stop=stop.is_set)
+            for start in range(0, len(fetch.into), PART_BYTES):
+                part = fetch.into[start : start + PART_BYTES]
+                wire.receive(connection, part, stop=stop.is_set)
+                arrived(part)
         return True
 
     def _connect(self, stop: Callable[[], bool]) -> socket.socket:

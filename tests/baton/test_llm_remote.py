@@ -104,7 +104,7 @@ def test_streamed_increments_add_up_to_the_whole(remote):
 
 
 def test_what_the_server_refuses_is_an_invalid_request_that_says_which_prompt(remote):
-    with pytest.raises(InvalidRequest, match="prompt 1: .*token id outside") as caught:
+    with pytest.raises(InvalidRequest, match=r"prompt 1: .*token id outside") as caught:
         remote.generate(["fine", [10**6]])
     assert caught.value.param == "prompt"
     with pytest.raises(InvalidRequest, match="maximum context length") as caught:
@@ -224,7 +224,7 @@ def test_a_stream_that_breaks_off_or_reports_an_error_raises():
         await answer(send, 200, bodies.pop(0), content_type="text/event-stream")
 
     with fake_server(app) as url, LLM("m", url=url) as llm:
-        for error in (ConnectionError, Overloaded):
+        for error in (ConnectionError, GenerationFailed):
             increments = llm.stream("a")
             assert next(increments).text == "he"
             with pytest.raises(error):

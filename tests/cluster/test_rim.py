@@ -1,10 +1,12 @@
-"""Run directories, secrets and checkpoints: what the machine may refuse, and in which words."""
+"""Run directories, secrets, checkpoints and addresses: what the machine may refuse, and in which words."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from cluster.addresses import free_port, reachable_host
 from cluster.checkpoint import resolve_model
 from cluster.credentials import read_api_key, read_token
 from cluster.run_dir import locked, prepare_run_dir, with_run_dir
@@ -136,3 +138,23 @@ def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path: Path, monkeypatch: py
 def test_a_name_the_hub_could_not_have_is_said_so() -> None:
     with pytest.raises(SpecError, match="neither a directory nor a valid hub id"):
         resolve_model("not a name")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3", "worker-3.pool", "::1"])
+def test_an_address_that_is_bound_is_reached_there(host: str) -> None:
+    assert reachable_host(host) == host
+
+
+@pytest.mark.parametrize("wildcard", ["0.0.0.0", "::"])
+def test_a_wildcard_is_reached_at_an_address_of_this_machine(wildcard: str) -> None:
+    host = reachable_host(wildcard)
+    assert host not in ("0.0.0.0", "::")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if family == socket.AF_INET or socket.has_ipv6:
+        with socket.socket(family) as server:
+            server.bind((host, 0))  # fails for an address that is not this machine's
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.create_server(("127.0.0.1", free_port("127.0.0.1"))) as server:
+        assert server.getsockname()[1] > 0

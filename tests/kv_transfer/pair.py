@@ -17,7 +17,7 @@ from engine.kv.memory import HostMemory
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink, SinkConfig
 from kv_transfer.source import KvSource, SourceConfig
-from kv_transfer.transports.base import Fetch, PieceReader, ServerTransport, SinkTransport
+from kv_transfer.transports.base import Arrived, Fetch, PieceReader, ServerTransport, SinkTransport
 from kv_transfer.transports.loopback import LoopbackServer, LoopbackSink
 from kv_transfer.transports.shared_memory import SharedMemoryServer, SharedMemorySink, host_boot_id
 from kv_transfer.transports.tcp import TcpSink
@@ -113,10 +113,13 @@ class FaultyReader:
         self._fault = fault
         self._num_calls = 0
 
-    def read(self, lease_id: str, fetches: Sequence[Fetch], stop: Event) -> None:
-        self._inner.read(lease_id, fetches, stop)
+    def read(self, lease_id: str, fetches: Sequence[Fetch], arrived: Arrived, stop: Event) -> None:
+        parts: list[memoryview] = []
+        self._inner.read(lease_id, fetches, parts.append, stop)
         self._num_calls += 1
         self._fault(fetches, self._num_calls)
+        for part in parts:
+            arrived(part)
 
     def close(self) -> None:
         self._inner.close()

@@ -1,6 +1,7 @@
 """What goes wrong on the way: bytes, sources, sinks and clocks. Blocks come back exactly once on both sides."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine.errors import TransferError
-from kv_transfer.link import checksum
+from kv_transfer.checksum import checksum
 from kv_transfer.sink import SinkConfig
 from kv_transfer.source import SourceConfig
 from kv_transfer.transports.base import Fetch, SinkTransport
@@ -201,6 +202,34 @@ async def test_a_new_link_replaces_a_dead_one() -> None:
         await p.pull(offer, 8)
         p.check(blocks, 8)
         await p.until_released(2)
+
+
+async def test_a_link_that_nobody_needs_is_dropped_and_made_again() -> None:
+    async with pair("tcp", source_config=SourceConfig(lease_s=0.3), sink_config=SinkConfig(idle_s=0.05)) as p:
+        for number in range(2):
+            lease_id, offer, blocks = p.open(8)
+            p.source.finish(lease_id, FIRST_TOKEN, False)
+            await p.pull(offer, 8)
+            p.check(blocks, 8)
+            await p.until_released(number + 1)
+            await until(lambda: not p.source._links)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_links_that_die_leave_no_file_open(transport: str) -> None:
+    async with pair(transport) as p:
+        counts = []
+        for number in range(6):
+            lease_id, offer, _ = p.open(8, 1)
+            task = p.pull(offer, 8)
+            await until(lambda lease_id=lease_id: p.source._held[lease_id].link is not None)
+            for link in list(p.source._links.values()):
+                link.end()
+            await failure(task)
+            await p.until_released(number + 1)
+            await until(lambda: not p.source._links)
+            counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts[-1] <= counts[1] + 2, counts
 
 
 async def test_a_prefill_that_is_aborted_tells_the_sink_at_once() -> None:
