@@ -5,7 +5,7 @@ token is computed. A job's sequences are in the engine from `_begin` until each 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -21,10 +21,8 @@ from cluster.spec import parse_size
 from engine.engine import Engine, TokenOutput
 from engine.errors import InvalidRequest
 from engine.executors.base import Executor, TokenLogprobs
-from engine.executors.torch_executor import TorchConfig, TorchExecutor, choose_dtype
+from engine.executors.torch_executor import TorchConfig, TorchExecutor
 from engine.inbox import Inbox
-from engine.kv.layout import KvLayout
-from engine.model_config import load_model_config
 from engine.request import FinishReason, Request, RequestId
 from engine.scheduler import SchedulerConfig
 from router.detokenizer import TextStream
@@ -56,22 +54,15 @@ def local_backend(model: str, config: LocalConfig) -> "LocalBackend":
     limits = SchedulerConfig(max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs)
     tokenizer = load_tokenizer(path)
     sizes = TorchConfig(
-        num_blocks=1,
         dtype=config.dtype,
         block_size=config.block_size,
+        kv_memory=memory,
         max_model_len=config.max_model_len,
         num_threads=config.threads,
     )
-    sizes = replace(sizes, num_blocks=memory // _block_bytes(path, sizes))
     with loading_bar(Console(stderr=True)) as progress:
         executor = TorchExecutor(path, sizes, progress)
     return LocalBackend(model, executor, limits, tokenizer, randbits)
-
-
-def _block_bytes(path: Path, config: TorchConfig) -> int:
-    model = load_model_config(path)
-    dtype = choose_dtype(config, model)
-    return KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype).block_bytes
 
 
 class LocalBackend:

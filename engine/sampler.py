@@ -154,7 +154,7 @@ def _presence_and_frequency(logits: Tensor, specs: Sequence[SampleSpec]) -> None
 
 
 def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
-    """`logits` [rows, vocab] in float32. A row with nothing left to draw from gives its last token."""
+    """`logits` [rows, vocab] in float32. A row with nothing left to draw from gives its first token."""
     device, vocab = logits.device, logits.shape[-1]
     temperatures = _per_row(specs, lambda params: max(params.temperature, MIN_TEMPERATURE), device)
     largest = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)

@@ -6,6 +6,7 @@ shard index may only name plain files beside it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ def model_hash(path: Path) -> str:
                 file.seek(entry.offset + offset)
                 digest.update(file.read(min(SAMPLE_BYTES, entry.size - offset)))
     return digest.hexdigest()
+
+
+def num_parameters(path: Path) -> int:
+    """Elements of all tensors of the checkpoint."""
+    return sum(math.prod(entry.shape) for entry in read_entries(path))
 
 
 def _sample_offsets(size: int) -> Iterable[int]:

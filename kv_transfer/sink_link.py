@@ -111,9 +111,9 @@ class SinkLink:
     async def close(self) -> None:
         self._die("the link was closed")
         if self._conversation is not None:
+            self._conversation.cancel()
             await asyncio.wait((self._conversation,))
-        else:
-            await self._channel.close()
+        await self._hang_up()
 
     async def _converse(self) -> None:
         tasks = [asyncio.create_task(part) for part in (self._listen(), self._speak(), self._watch())]
@@ -126,7 +126,15 @@ class SinkLink:
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(result, Exception):
                     log.warning("link to source %s: %r", self.epoch, result)
-            await self._channel.close()
+            await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        """gRPC keeps the connection until call and channel are forgotten, and a pull's traceback may hold this link."""
+        call, channel = self._call, self._channel
+        self._call = self._channel = None
+        if channel is not None:
+            call.cancel()
+            await channel.close()
 
     async def _greet(self, greeting: Greeting) -> None:
         hello = pb.Hello(
@@ -231,7 +239,6 @@ class SinkLink:
         """Idempotent. Pulls hear of it and detach when their copies have stopped."""
         self.alive = False
         self._wake.set()
-        self._call.cancel()
         for pull in list(self._pulls.values()):
             pull.lost(reason)
         self._release_when_unused()

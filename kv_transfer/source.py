@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`announce_bytes`: how much one announcement covers at most, so that a sink can start early. Hashing as much takes
-    about 5 ms; with a quarter of it the messages of a 1 GiB pull cost more than they hid."""
+    """`announce_bytes`: how much one announcement covers at most, so that a sink can start before all is hashed."""
 
     lease_s: float = 30.0
     max_lease_s: float = 600.0  # however often renewed

@@ -15,13 +15,13 @@ from torch import Tensor
 from engine.attention.base import AttentionBackend, Span
 from engine.attention.paged import PagedAttention
 from engine.executors.base import Batch, Chunk, Sampled, StepResult, TokenLogprobs
-from engine.kv.layout import KvLayout
+from engine.kv.layout import ITEM_SIZES, KvLayout
 from engine.kv.memory import HostMemory
 from engine.model_config import DTYPES, ModelConfig, load_model_config
 from engine.models.decoder import CausalLM
 from engine.models.registry import MAKERS
 from engine.sampler import prompt_logprobs, sample
-from engine.weights import Progress, load_weights, model_hash
+from engine.weights import Progress, load_weights, model_hash, num_parameters
 
 LOGITS_BYTES = 64 << 20  # of prompt log probabilities computed at a time
 
@@ -60,7 +60,10 @@ class TorchExecutor:
         num_blocks = config.num_blocks
         if num_blocks is None:
             num_blocks = config.kv_memory // self.layout.block_bytes
-        check_memory(self.layout, num_blocks, available_memory())
+        if config.device != "cpu":
+            raise ValueError(f"device must be cpu, where the KV memory is, not {config.device!r}")
+        weight_bytes = num_parameters(path) * ITEM_SIZES[dtype]
+        check_memory(self.layout, num_blocks, available_memory() - weight_bytes)
         self.max_model_len = choose_max_model_len(config, model_config, num_blocks)
         self.layer_groups = layer_group_ends(model_config.num_layers, config.layers_per_group)
         self.vocab_size = model_config.vocab_size
@@ -186,7 +189,8 @@ def check_memory(layout: KvLayout, num_blocks: int, available: int) -> None:
     if needed > available:
         raise ValueError(
             f"{num_blocks} KV blocks of {layout.block_bytes} bytes need {needed / 2**30:.1f} GiB, and "
-            f"{available / 2**30:.1f} GiB of memory are available; at most {available // layout.block_bytes} fit"
+            f"{available / 2**30:.1f} GiB are available beside the weights; "
+            f"at most {max(0, available) // layout.block_bytes} fit"
         )
 
 

@@ -67,9 +67,9 @@ class KvCache:
                 here = entries[here].parent  # a referenced child holds its parent
 
     def release(self, block_ids: Sequence[BlockId]) -> None:
-        """One reference less to each. Cached blocks become idle, the last of the sequence to be evicted first."""
+        """One reference less to each. A cached block without any is idle, behind its children in order of eviction."""
         entries = self._cache.entries
-        for block in reversed(block_ids):
+        for block in block_ids:
             here: BlockId | None = block
             while here is not None and self._pool.release(here):
                 entry = entries.get(here)

@@ -331,3 +331,20 @@ def test_a_lease_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_wrong_redis_url_is_named() -> None:
     with pytest.raises(SpecError, match=r"registry: 'redis://host:port'"):
         open_registry(parse_spec({"model": "tiny", "registry": "redis://host:port"}))
+
+
+async def test_a_cancelled_exchange_with_redis_is_cancelled(own_redis: RedisServer) -> None:
+    """At whatever await the cancellation arrives: one that is swallowed would keep a heartbeat alive for ever."""
+    store = RedisLeaseStore(own_redis.url, "test")
+    await store.put(Lease(record(), 20))
+    for use, turns in itertools.product((store.scan, lambda: store.put(Lease(record(), 20))), range(60)):
+        exchange = asyncio.ensure_future(use())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if exchange.done():
+            continue
+        exchange.cancel()
+        await asyncio.wait({exchange})
+        assert exchange.cancelled(), turns
+    assert await store.scan() == [Lease(record(), 20)]
+    await store.aclose()

@@ -299,6 +299,20 @@ def test_a_preempted_request_gives_the_tokens_of_an_undisturbed_run() -> None:
     assert {name: tokens(each) for name, each in outputs.items()} == {each.id: undisturbed(each) for each in requests}
 
 
+def test_logprobs_of_a_prompt_preempted_half_way_are_collected_anew() -> None:
+    engine, _ = make_engine(num_blocks=5, block_size=4, max_batch_tokens=9, max_num_seqs=2)
+    engine.submit(make_request("old", 4, max_tokens=2))
+    engine.submit(make_request("young", 16, first=100, prompt_logprobs=0))
+    step(engine)
+    scheduled = engine.schedule()
+    assert scheduled is not None
+    assert scheduled.preempted == ["young"]
+    engine.run(scheduled)
+    found = finish(engine)["young"][0].prompt_logprobs
+    assert found is not None
+    assert [each.token_id for each in found] == list(range(101, 116))
+
+
 def test_load_counts_what_runs_waits_and_is_still_to_compute() -> None:
     engine, _ = make_engine(max_batch_tokens=8, max_num_seqs=1, num_blocks=16, block_size=4)
     engine.submit(make_request("a", 20))

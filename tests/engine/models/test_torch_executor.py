@@ -1,6 +1,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,10 +161,11 @@ def test_every_stored_type_runs_in_the_type_asked_for(
         ({"max_model_len": 100, "num_blocks": 6}, "max_model_len 100 needs 7 blocks of 16 tokens"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, not 0"),
         ({"layers_per_group": 0}, "layers_per_group must be at least 1, not 0"),
-        ({"num_blocks": 1 << 40}, "GiB of memory are available"),
+        ({"device": "cuda"}, "device must be cpu, where the KV memory is, not 'cuda'"),
+        ({"num_blocks": 1 << 40}, "GiB are available beside the weights"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(llama: Path, options: dict[str, int], message: str) -> None:
+def test_a_config_that_does_not_fit_is_refused(llama: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TorchExecutor(llama, TorchConfig(**({"num_blocks": 64} | options)))
 
