@@ -67,12 +67,13 @@ async def start(command: Command) -> Child:
             stdout=log,
             stderr=asyncio.subprocess.STDOUT,
             process_group=0,  # Ctrl-C reaches the parent alone, which then stops its children in order
-            preexec_fn=_die_with(os.getpid()),
+            preexec_fn=die_with(os.getpid()),
         )
     return Child(process)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
+def die_with(parent: int) -> Callable[[], None]:
+    """For a `preexec_fn`: the kernel kills the child when the thread that started it ends."""
     libc = ctypes.CDLL(None)  # before the fork: the child may only make plain calls
 
     def in_child() -> None:

@@ -28,6 +28,7 @@ class PullEnded:
 @dataclass(slots=True)
 class Entry:
     request: Request
+    hashes: list[int]  # of the prompt's full blocks
     offer: bytes
     deadline: float
     num_held_tokens: int = 0
@@ -60,12 +61,15 @@ class Intake:
     def add(self, request: Request, offer: bytes, deadline: float) -> None:
         """Queue a request with the offer of its KV. Raises InvalidRequest when it can never run here."""
         self._engine.check(request)
-        self._waiting.append(Entry(request, offer, deadline))
+        self._waiting.append(Entry(request, self._engine.hashes(request), offer, deadline))
         self._waiting.sort(key=lambda entry: entry.request.priority)  # stable: arrival within a priority
 
     def start(self) -> None:
-        """Start pulls for as many waiting entries, in order, as there are blocks and places for."""
-        while self._waiting and len(self._pulling) < self._max_pulls:
+        """Start pulls for as many waiting entries, in order, as there are blocks and places for.
+
+        None while sequences already in the engine lack blocks: those came first.
+        """
+        while self._waiting and len(self._pulling) < self._max_pulls and not self._engine.short_of_blocks:
             entry = self._waiting[0]
             if not self._reserve(entry):
                 return
@@ -77,7 +81,7 @@ class Intake:
         """All blocks of the prompt or none: the cached prefix is shared, the rest is fresh."""
         kv = self._engine.kv
         token_ids = entry.request.token_ids
-        held = kv.match(token_ids, self._engine.hashes(entry.request))
+        held = kv.match(token_ids, entry.hashes)
         fresh = kv.allocate(self._engine.executor.layout.num_blocks_for(len(token_ids)) - len(held))
         if fresh is None:
             kv.release(held)

@@ -5,6 +5,7 @@ The pool is an anonymous memory file (memfd): another process on the host can ma
 """
 
 import contextlib
+import fcntl
 import mmap
 import os
 
@@ -22,9 +23,11 @@ class HostMemory:
         self.layout = layout
         self.num_blocks = num_blocks
         self.size = num_blocks * layout.block_bytes
-        self.fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.truncate(self.fd, self.size)
+            # A file that shrinks would kill whoever has it mapped.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self._mapping = mmap.mmap(self.fd, self.size)
         except BaseException:
             os.close(self.fd)

@@ -1,5 +1,6 @@
 """A real redis-server of the tests' own, on a Unix socket, that can be killed, frozen and started again."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import BusyLoadingError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
+
+from cluster.process import die_with
 
 
 class RedisServer:
@@ -31,6 +34,7 @@ class RedisServer:
         self._process = subprocess.Popen(
             ["redis-server", "--port", "0", "--unixsocket", str(self._socket), "--save", "", "--appendonly", "no"],
             stdout=subprocess.DEVNULL,
+            preexec_fn=die_with(os.getpid()),  # a test run that is killed leaves no server
             cwd=self._socket.parent,
         )
         patient = Retry(ConstantBackoff(0.02), 500, (RedisConnectionError, BusyLoadingError))

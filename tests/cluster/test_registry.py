@@ -292,7 +292,7 @@ async def test_a_redis_that_died_and_came_back_empty_loses_no_worker(own_redis: 
         own_redis.kill()
         done, _ = await asyncio.wait({nothing}, timeout=0.2)
         assert not done
-        await asyncio.to_thread(own_redis.start)
+        own_redis.start()  # in this thread, with which it ends
         async with worker.register(record("decode-1")):
             assert await nothing == joined(record("decode-1"))
         assert await change() == Left("decode-1")

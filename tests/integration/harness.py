@@ -163,7 +163,7 @@ async def running_cluster(
         )
         running = asyncio.create_task(router.run())
         async with asyncio.timeout(10):
-            while not router.ready:  # noqa: ASYNC110
+            while sum(worker["usable"] for worker in router.status()["workers"]) < len(members):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         yield Cluster(prefill, decode, router)
     finally:
