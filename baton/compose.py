@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
 
+from cluster.addresses import reachable_host
 from cluster.checkpoint import resolve_model
 from cluster.credentials import read_api_key, read_token
 from cluster.registry.base import WorkerRecord
@@ -153,6 +154,7 @@ async def _serve_worker(spec: ClusterSpec, pool: PoolSettings, executor: Executo
         epoch=str(time.time_ns()),
         model=spec.public_model_name,
         bind_host=pool.host,
+        advertise_host=reachable_host(pool.host),
         port=pool.port,
         token=read_token(spec),
     )
@@ -185,7 +187,9 @@ def _prefill_server(
     if spec.transfer.transport in ("auto", "shared_memory"):
         transports.append(SharedMemoryServer(executor.memory))
     if spec.transfer.transport in ("auto", "tcp"):
-        transports.append(TcpServer(executor.memory, host=pool.host, token=identity.token))
+        transports.append(
+            TcpServer(executor.memory, host=pool.host, token=identity.token, advertised_host=identity.advertise_host)
+        )
     return PrefillServer(
         identity,
         executor,

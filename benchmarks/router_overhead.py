@@ -8,13 +8,13 @@ acknowledges at once.
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import httpx
 import psutil
 
 from cluster.launcher import LocalCluster
@@ -47,39 +47,57 @@ def router_process() -> psutil.Process:
     raise SystemExit("no router process found")
 
 
-async def one_request(client: httpx.AsyncClient, body: dict[str, object]) -> None:
-    response = await client.post("/v1/completions", json=body)
-    response.raise_for_status()
+class Connection:
+    """A bare HTTP/1.1 client on one kept connection: the client's own cost stays out of the latency."""
+
+    async def open(self, url: str) -> "Connection":
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        self._reader, self._writer = await asyncio.open_connection(host, int(port))
+        return self
+
+    async def post(self, path: str, body: bytes) -> bytes:
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        self._writer.write(head.encode() + body)
+        answer = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(answer.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        content = await self._reader.readexactly(length)
+        if not answer.startswith(b"http/1.1 200"):
+            raise SystemExit(content.decode())
+        return content
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def bodies(args: argparse.Namespace) -> list[bytes]:
+    rng = random.Random(args.seed)
+    fixed = {"max_tokens": args.output, "ignore_eos": True, "temperature": 0}
+    prompts = ([rng.randrange(10, 500) for _ in range(args.input)] for _ in range(args.requests))
+    return [json.dumps({"prompt": prompt, **fixed}).encode() for prompt in prompts]
 
 
 async def measure(url: str, args: argparse.Namespace) -> None:
-    rng = random.Random(args.seed)
+    connections = [await Connection().open(url) for _ in range(args.connections)]
+    requests = bodies(args)
+    for body in requests[:20]:
+        await connections[0].post("/v1/completions", body)
+    floor = []
+    for body in requests[20:120]:
+        began = time.perf_counter()
+        await connections[0].post("/v1/completions", body)
+        floor.append(time.perf_counter() - began)
+    router, rest = router_process(), iter(requests[120:])
+    before, began = sum(router.cpu_times()[:2]), time.perf_counter()
 
-    def body() -> dict[str, object]:
-        prompt = [rng.randrange(10, 500) for _ in range(args.input)]
-        return {"model": "", "prompt": prompt, "max_tokens": args.output, "ignore_eos": True, "temperature": 0}
+    async def client(connection: Connection) -> None:
+        for body in rest:
+            await connection.post("/v1/completions", body)
+        connection.close()
 
-    limits = httpx.Limits(max_connections=args.connections, max_keepalive_connections=args.connections)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        bodies = [body() | {"model": model} for _ in range(args.requests)]
-        for warm in bodies[:20]:
-            await one_request(client, warm)
-        floor = []
-        for each in bodies[20:120]:
-            began = time.perf_counter()
-            await one_request(client, each)
-            floor.append(time.perf_counter() - began)
-        router = router_process()
-        rest = iter(bodies[120:])
-        before, began = sum(router.cpu_times()[:2]), time.perf_counter()
-
-        async def worker() -> None:
-            for each in rest:
-                await one_request(client, each)
-
-        await asyncio.gather(*(worker() for _ in range(args.connections)))
-        elapsed, cpu = time.perf_counter() - began, sum(router.cpu_times()[:2]) - before
+    await asyncio.gather(*map(client, connections))
+    elapsed, cpu = time.perf_counter() - began, sum(router.cpu_times()[:2]) - before
     count = args.requests - 120
     cpu_ms, floor_ms = 1e3 * cpu / count, 1e3 * statistics.median(floor)
     print(f"{args.input} tokens in, {args.output} out, {args.connections} connections, {args.workers}P{args.workers}D")

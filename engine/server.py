@@ -40,14 +40,18 @@ class InternalServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5000),
             ],
         )
-        port = self.grpc.add_insecure_port(f"{identity.bind_host}:{identity.port}")
-        self.address = f"{identity.advertise_host or identity.bind_host}:{port}"
+        port = self.grpc.add_insecure_port(_join(identity.bind_host, identity.port))
+        self.address = _join(identity.advertise_host or identity.bind_host, port)
 
     async def start(self) -> None:
         await self.grpc.start()
 
     async def stop(self) -> None:
         await self.grpc.stop(STOP_GRACE_S)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def describe(

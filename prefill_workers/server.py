@@ -83,7 +83,8 @@ class PrefillServer:
         """Finish what is running, for at most `grace_s` seconds."""
         self._inbox.post(Drain())
         try:
-            await asyncio.wait_for(self._ended.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._ended.wait()
         except TimeoutError:
             log.warning("drain: requests were still running after %.0f s", grace_s)
 
