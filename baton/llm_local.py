@@ -27,7 +27,7 @@ from engine.request import FinishReason, Request, RequestId
 from engine.scheduler import SchedulerConfig
 from router.detokenizer import TextStream
 from router.params import choice_seed, request_seed
-from router.prompts import check_ids
+from router.prompts import check_ids, render_messages
 from router.tokenizer import Tokenizer, load_tokenizer
 
 IDLE_WAIT_S = 3600.0  # an idle engine wakes up only for a command
@@ -129,7 +129,7 @@ class LocalBackend:
 
     def _token_ids(self, job: Job) -> tuple[int, ...]:
         if isinstance(job.prompt, Conversation):
-            text = self._tokenizer.chat.render(job.prompt.messages)
+            text = render_messages(self._tokenizer, job.prompt.messages)
             return tuple(self._tokenizer.encode(text, add_special_tokens=False))
         if isinstance(job.prompt, str):
             return tuple(self._tokenizer.encode(job.prompt))

@@ -164,6 +164,7 @@ class Planner:
             logprobs=logprobs,
             prompt_logprobs=body.prompt_logprobs is not None and not body.stream,
             token_ids=bool(body.return_token_ids),
+            tokens_as_ids=bool(body.return_tokens_as_token_ids),
             echo=isinstance(body, CompletionBody) and bool(body.echo),
             include_usage=options is not None and bool(options.include_usage),
             continuous_usage=options is not None and bool(options.continuous_usage_stats),

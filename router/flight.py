@@ -1,8 +1,8 @@
 """The life of one request in the router: waiting, tried on workers, tried again, over.
 
 This is the only place of the system that retries. A new attempt starts from the prompt and every token already
-received, with the same seed, so the client sees one undisturbed stream. Attempts are bounded in number and by the
-request's deadline. Once over, a flight holds no timer, no attempt and no place in the queue.
+received, with the same seed, so the client sees one undisturbed stream. Attempts are bounded by the request's deadline,
+and in number while they add nothing. Once over, a flight holds no timer, no attempt and no place in the queue.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RetryConfig:
-    max_attempts: int = 8
-    backoff_s: float = 0.05  # before the third attempt, doubling; the second starts at once
+    max_fruitless: int = 8  # attempts in a row that add no token: such a request may be what breaks the workers
+    backoff_s: float = 0.05  # before the third fruitless attempt, doubling; the second starts at once
 
 
 class FlightOwner(Protocol):
@@ -68,6 +68,7 @@ class Flight:
         self._clock = clock
         self._hashes: dict[int, list[int]] = {}  # by block size, of the tokens the next attempt submits
         self._excluded: frozenset[str] = frozenset()
+        self._num_fruitless = 0
         self._attempt: Attempt | None = None
         self._retry_timer: asyncio.TimerHandle | None = None
         self._over = False
@@ -124,18 +125,19 @@ class Flight:
         self.give_up(error)
 
     def attempt_failed(self, suspects: frozenset[str], reason: str) -> None:
-        num_attempts = self.stream.timeline.attempts
-        log.info("request %s, attempt %d failed: %s", self._request.id, num_attempts, reason)
+        log.info("request %s, attempt %d failed: %s", self._request.id, self.stream.timeline.attempts, reason)
         self._attempt = None
+        progressed = len(self.stream.token_ids) > len(self._request.token_ids) - self._request.num_prompt_tokens
+        self._num_fruitless = 0 if progressed else self._num_fruitless + 1
         if self.stream.num_left <= 0:
             self.stream.finish(FinishReason.LENGTH)
             self._finish()
-        elif num_attempts >= self._config.max_attempts:
-            self.give_up(GenerationFailed(f"{num_attempts} attempts failed"))
+        elif self._num_fruitless >= self._config.max_fruitless:
+            self.give_up(GenerationFailed(f"{self._num_fruitless} attempts in a row failed"))
         else:
             self._excluded = suspects
             self._resume_from_received()
-            delay = self._config.backoff_s * 2 ** (num_attempts - 2) if num_attempts > 1 else 0.0
+            delay = self._config.backoff_s * 2 ** (self._num_fruitless - 2) if self._num_fruitless > 1 else 0.0
             if delay:
                 self._retry_timer = self._loop.call_later(delay, self._wait)
             else:

@@ -5,7 +5,7 @@ Long texts are tokenized in threads, never on the event loop; texts too long for
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ class PromptEncoder:
 
     async def chat(self, fields: ChatBody | TokenizeBody, *, add_special_tokens: bool) -> Prompt:
         """The prompt of a conversation, through the model's chat template."""
-        text = self._render(fields)
+        text = _render(self._tokenizer, fields)
         ids = await self.encode(text, add_special_tokens=add_special_tokens, param="messages")
         if not ids:
             raise InvalidRequest("messages make an empty prompt", param="messages")
@@ -83,24 +83,44 @@ class PromptEncoder:
         check_ids(entry, self._card.vocab_size, "prompt")
         return Prompt(tuple(entry), None)
 
-    def _render(self, fields: ChatBody | TokenizeBody) -> str:
-        messages = fields.messages or []
-        if not 1 <= len(messages) <= MAX_MESSAGES:
-            message = f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}"
-            raise InvalidRequest(message, param="messages")
-        if fields.tools is not None and not fields.tools:
-            raise InvalidRequest("tools must not be an empty list", param="tools")
-        continues = bool(fields.continue_final_message)
-        if continues and fields.add_generation_prompt:
-            message = "continue_final_message and add_generation_prompt exclude each other"
-            raise InvalidRequest(message, param="continue_final_message")
-        return self._tokenizer.chat.render(
-            [_template_message(message, place) for place, message in enumerate(messages)],
-            tools=fields.tools,
-            add_generation_prompt=not continues and fields.add_generation_prompt is not False,
-            continue_final_message=continues,
-            kwargs=_template_kwargs(fields.chat_template_kwargs),
-        )
+
+def render_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    kwargs: dict[str, Any] | None = None,
+) -> str:
+    """Checked messages through the model's chat template. Raises InvalidRequest naming the field."""
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        message = f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}"
+        raise InvalidRequest(message, param="messages")
+    if tools is not None and not tools:
+        raise InvalidRequest("tools must not be an empty list", param="tools")
+    return tokenizer.chat.render(
+        [_template_message(message, place) for place, message in enumerate(messages)],
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        kwargs=_template_kwargs(kwargs),
+    )
+
+
+def _render(tokenizer: Tokenizer, fields: ChatBody | TokenizeBody) -> str:
+    continues = bool(fields.continue_final_message)
+    if continues and fields.add_generation_prompt:
+        message = "continue_final_message and add_generation_prompt exclude each other"
+        raise InvalidRequest(message, param="continue_final_message")
+    return render_messages(
+        tokenizer,
+        fields.messages or [],
+        tools=fields.tools,
+        add_generation_prompt=not continues and fields.add_generation_prompt is not False,
+        continue_final_message=continues,
+        kwargs=fields.chat_template_kwargs,
+    )
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
@@ -125,7 +145,7 @@ def _only_ids(entries: Sequence[str | int | list[int]]) -> list[int]:
     return ids
 
 
-def _template_message(message: dict[str, Any], place: int) -> dict[str, Any]:
+def _template_message(message: Mapping[str, Any], place: int) -> dict[str, Any]:
     """A checked message as templates know it: text contents, `system` for `developer`, parsed tool arguments."""
     where = f"messages[{place}]"
     role = message.get("role")

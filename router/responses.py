@@ -12,7 +12,7 @@ import msgspec
 
 from router.choices import Choice, Piece
 from router.generation import Timeline
-from router.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from router.logprobs import IdNames, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from router.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -29,6 +29,7 @@ class Envelope:
     logprobs: bool = False
     prompt_logprobs: bool = False
     token_ids: bool = False
+    tokens_as_ids: bool = False  # in log probabilities
     echo: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -79,6 +80,7 @@ class CompletionFormat:
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer, *, hide_output: bool = False) -> None:
         self._envelope = envelope
         self._tokenizer = tokenizer
+        self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._hide_output = hide_output  # only the prompt is wanted
         self._head = _head(envelope, "text_completion")
         self._offsets: dict[int, int] = {}  # choice index -> length of the token texts before
@@ -132,7 +134,7 @@ class CompletionFormat:
         if echo and choice.stream is not None:
             entries = [choice.prompt.token_ids[0], *(choice.stream.prompt_logprobs or []), *entries]
         offset = self._offsets.get(choice.index, 0)
-        fields, self._offsets[choice.index] = completion_logprobs(self._tokenizer, entries, offset)
+        fields, self._offsets[choice.index] = completion_logprobs(self._names, entries, offset)
         return fields
 
 
@@ -142,6 +144,7 @@ class ChatFormat:
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer) -> None:
         self._envelope = envelope
         self._tokenizer = tokenizer
+        self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._head = _head(envelope, "chat.completion.chunk")
         self._extras = envelope.logprobs or envelope.token_ids
 
@@ -177,7 +180,7 @@ class ChatFormat:
             }
             if envelope.logprobs:
                 entries = [entry for piece in pieces for entry in piece.logprobs]
-                fields["logprobs"] = chat_logprobs(self._tokenizer, entries)
+                fields["logprobs"] = chat_logprobs(self._names, entries)
             if envelope.token_ids:
                 fields["token_ids"] = [token for piece in pieces for token in piece.token_ids]
             choices.append(fields)
@@ -191,7 +194,7 @@ class ChatFormat:
     def _end(self, piece: Piece) -> bytes:
         scores = b"null"
         if self._envelope.logprobs:
-            scores = _encode(chat_logprobs(self._tokenizer, piece.logprobs))
+            scores = _encode(chat_logprobs(self._names, piece.logprobs))
         ids = b',"token_ids":%s' % _encode(piece.token_ids) if self._envelope.token_ids else b""
         return b'"logprobs":%s,"finish_reason":null%s}]' % (scores, ids)
 

@@ -125,6 +125,7 @@ async def cluster(
     stall_s: float = 10.0,
     admission: AdmissionConfig | None = None,
     no_worker_wait_s: float = 10.0,
+    max_fruitless: int = 8,
     worker_options: dict | None = None,
 ):
     """Workers p0.. and d0.., attached, and a dispatcher that disagrees with no default but the times."""
@@ -135,7 +136,7 @@ async def cluster(
     config = DispatcherConfig(
         session=SessionConfig(silence_s=silence_s, stall_s=stall_s, min_backoff_s=0.02, max_backoff_s=0.1),
         admission=admission or AdmissionConfig(),
-        retry=RetryConfig(backoff_s=0.01),
+        retry=RetryConfig(max_fruitless=max_fruitless, backoff_s=0.01),
         no_worker_wait_s=no_worker_wait_s,
     )
     dispatcher = ObservedDispatcher(
