@@ -9,6 +9,7 @@ acknowledges at once.
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from baton.demo_checkpoint import cache_dir, ensure_demo_checkpoint
 from cluster.launcher import LocalCluster
 from cluster.spec import ClusterSpec
 
@@ -111,16 +113,17 @@ async def measure(url: str, args: argparse.Namespace) -> None:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint directory; only its tokenizer and sizes are used")
+    parser.add_argument("--model", help="checkpoint whose tokenizer the router loads; the demo's if not given")
     parser.add_argument("--input", type=int, default=865, help="prompt tokens")
     parser.add_argument("--output", type=int, default=16, help="output tokens")
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1, help="workers of each role")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as run_dir:
-        spec = make_spec(args.model, args.workers, str(Path(run_dir) / "run"))
+        model = args.model or str(ensure_demo_checkpoint(cache_dir(os.environ)))
+        spec = make_spec(model, args.workers, str(Path(run_dir) / "run"))
         async with LocalCluster(spec) as cluster:
             await measure(cluster.url, args)
 
