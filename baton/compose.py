@@ -167,14 +167,14 @@ async def _serve_worker(spec: ClusterSpec, pool: PoolSettings, executor: Executo
         with _stop_signals() as stop:
             async with registry.register(record):
                 log.info("%s serves %s at %s", record.worker_id, record.model, record.address)
-                ended = asyncio.create_task(server.wait())
+                ended = asyncio.create_task(server.thread.wait())
                 asked = asyncio.create_task(stop.wait())
                 await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
                 asked.cancel()
                 if ended.done():
                     raise RuntimeError("the engine's loop has ended; its error is above")
                 ended.cancel()
-                await server.drain(DRAIN_GRACE_S)
+                await server.thread.drain(DRAIN_GRACE_S)
     finally:
         await server.stop()
         await registry.aclose()

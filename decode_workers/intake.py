@@ -51,8 +51,9 @@ class Intake:
         self._waiting: list[Entry] = []
         self._pulling: dict[RequestId, Entry] = {}
 
-    def __len__(self) -> int:
-        return len(self._waiting) + len(self._pulling)
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     @property
     def num_pulling(self) -> int:

@@ -1,16 +1,22 @@
-"""What both roles' servers share: who the worker is, and its gRPC server on the internal plane."""
+"""What both roles' servers share: who the worker is, its gRPC server on the internal plane, and its engine thread."""
 
+import asyncio
+import logging
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import grpc
 
 from engine.auth import TokenInterceptor, check_bind
 from engine.engine import Engine
+from engine.loop import WorkerLoop
 from engine.wire import CHANNEL_OPTIONS
 from protos import worker_pb2 as pb
 
 STOP_GRACE_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +77,41 @@ def describe(
         vocab_size=executor.vocab_size,
         kv_bytes_per_token=executor.layout.block_bytes // executor.layout.block_size,
     )
+
+
+class LoopThread:
+    """Runs a worker's loop in a thread of its own, seen from the asyncio loop that made this."""
+
+    def __init__(self, loop: WorkerLoop[Any]) -> None:
+        self._worker = loop
+        self._ended = asyncio.Event()
+        self._rim = asyncio.get_running_loop()
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def wait(self) -> None:
+        """Until the loop ends by itself: a crash, or a drain that is complete."""
+        await self._ended.wait()
+
+    async def drain(self, grace_s: float) -> None:
+        """Finish what is running, for at most `grace_s` seconds."""
+        self._worker.drain()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._ended.wait()
+        except TimeoutError:
+            log.warning("drain: requests were still running after %.0f s", grace_s)
+
+    async def stop(self) -> None:
+        """When it returns, the thread has ended."""
+        self._worker.stop()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            self._worker.run()
+        finally:
+            self._rim.call_soon_threadsafe(self._ended.set)

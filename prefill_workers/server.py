@@ -1,27 +1,23 @@
 """The rim of a prefill process: gRPC server, data transports, and the thread the worker loop runs in."""
 
-import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
-from threading import Thread
 
 from engine.clients import Clients
 from engine.engine import Engine
 from engine.executors.base import Executor
 from engine.inbox import Inbox
+from engine.loop import Drain, WorkerLoop
 from engine.scheduler import SchedulerConfig
-from engine.server import InternalServer, WorkerIdentity, describe
-from engine.session import SessionServer
+from engine.server import InternalServer, LoopThread, WorkerIdentity, describe
+from engine.session import SessionCommand, SessionServer
 from kv_transfer.source import KvSource, SourceConfig
 from kv_transfer.transports.base import ServerTransport
-from prefill_workers.worker import Drain, LeaseReleased, PrefillCommand, PrefillWorker
-
-log = logging.getLogger(__name__)
+from prefill_workers.worker import LeaseReleased, PrefillRole
 
 
 class PrefillServer:
-    """`start`, then `wait` until the loop ends by itself (a crash, or a drain that is complete), then `stop`.
+    """`start`, then `stop`; `thread` tells when the loop ends by itself, and drains it.
 
     Takes over `executor` and `transports`, and closes them.
     """
@@ -39,11 +35,11 @@ class PrefillServer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
-        self._inbox: Inbox[PrefillCommand] = Inbox()
+        self._inbox: Inbox[SessionCommand | Drain | LeaseReleased] = Inbox()
         self._server = InternalServer(identity)
         self.address = self._server.address
         engine = Engine(executor, scheduler, secret=hash_secret, model=identity.model)
-        self._sessions = SessionServer(self._inbox.post, lambda: self.worker.current_load())
+        self._sessions = SessionServer(self._inbox.post, lambda: self.loop.current_load())
         self._source = KvSource(
             worker_id=identity.worker_id,
             epoch=identity.epoch,
@@ -57,40 +53,18 @@ class PrefillServer:
             clock=clock,
         )
         description = describe(identity, "prefill", fingerprint, engine, scheduler.max_num_seqs)
-        self.worker = PrefillWorker(
-            engine, self._source, Clients(description, self._sessions.deliver, clock), self._inbox, clock
-        )
-        self._ended = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._thread = Thread(target=self._run, name="engine", daemon=True)
-
-    def _run(self) -> None:
-        try:
-            self.worker.run()
-        finally:
-            self._loop.call_soon_threadsafe(self._ended.set)
+        clients = Clients(description, self._sessions.deliver, clock)
+        self.loop = WorkerLoop(engine, clients, self._inbox, PrefillRole(engine, clients, self._source), clock)
+        self.thread = LoopThread(self.loop)
 
     async def start(self) -> None:
         self._sessions.register(self._server.grpc)
         self._source.register(self._server.grpc)
         await self._server.start()
-        self._thread.start()
-
-    async def wait(self) -> None:
-        await self._ended.wait()
-
-    async def drain(self, grace_s: float) -> None:
-        """Finish what is running, for at most `grace_s` seconds."""
-        self._inbox.post(Drain())
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._ended.wait()
-        except TimeoutError:
-            log.warning("drain: requests were still running after %.0f s", grace_s)
+        self.thread.start()
 
     async def stop(self) -> None:
-        self.worker.stop()
-        await asyncio.to_thread(self._thread.join)
+        await self.thread.stop()
         await self._server.stop()
         await self._source.close()
         self._executor.close()

@@ -78,15 +78,15 @@ class Cluster:
                 while not is_idle(server):  # noqa: ASYNC110, a test that looks in from outside
                     await asyncio.sleep(0.01)
         for server in (*self.prefill, *self.decode):
-            server.worker._engine.check_invariants()
-            assert server.worker._engine.kv.num_free == server.worker._engine.kv.num_blocks
+            server.loop.engine.check_invariants()
+            assert server.loop.engine.kv.num_free == server.loop.engine.kv.num_blocks
 
 
 def is_idle(server: PrefillServer | DecodeServer) -> bool:
-    load = server.worker.current_load()
-    kv = server.worker._engine.kv
+    load = server.loop.current_load()
+    kv = server.loop.engine.kv
     return (
-        not len(server.worker._clients)
+        not len(server.loop.clients)
         and load.num_running + load.num_waiting + load.num_handoffs == 0
         and kv.num_free == kv.num_blocks
     )

@@ -1,0 +1,172 @@
+"""The loop of a worker's engine thread, the same in both roles: receive, schedule, run, publish.
+
+What differs between prefill and decode comes in as a `Role`. The loop owns the order of things, deadlines, load and
+progress; the engine, the clients and the role are touched by its thread only. Other threads post to the inbox, ask
+for `current_load`, and call `stop`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event
+from typing import Generic, Protocol, TypeVar
+
+from engine.clients import Client, Clients
+from engine.engine import Engine, Scheduled, TokenOutput
+from engine.errors import InvalidRequest
+from engine.inbox import Inbox
+from engine.request import RequestId
+from engine.session import Attached, Cancelled, Ended, SessionCommand, Submitted
+from protos import worker_pb2 as pb
+
+IDLE_WAIT_S = 0.2  # how late a deadline of a waiting request may be noticed
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Finish what is there, then leave the loop."""
+
+
+C_contra = TypeVar("C_contra", contravariant=True)
+C = TypeVar("C")
+
+
+class Role(Protocol[C_contra]):
+    """What a role does at each point of the loop. `C` are the commands that only it knows."""
+
+    def submit(self, client: Client, message: pb.Submit) -> None:
+        """Take a request. Raises InvalidRequest, with nothing changed."""
+        ...
+
+    def receive(self, command: C_contra) -> None: ...
+
+    def abort(self, request_id: RequestId) -> None:
+        """Let go of a request in any state. Idempotent; the loop tells the client."""
+        ...
+
+    def before_schedule(self) -> None: ...
+
+    def before_run(self, scheduled: Scheduled, now: float) -> None: ...
+
+    def group_done(self, scheduled: Scheduled, group: int) -> None:
+        """The KV of a layer group is in place for every chunk of the step."""
+        ...
+
+    def token(self, token: TokenOutput, now: float) -> None:
+        """A sampled token, which the client has been told; a finished request has left the engine."""
+        ...
+
+    def add_load(self, load: pb.Load) -> None:
+        """Add what the role holds to the engine's load."""
+        ...
+
+
+class WorkerLoop(Generic[C]):
+    def __init__(
+        self,
+        engine: Engine,
+        clients: Clients,
+        inbox: Inbox[SessionCommand | Drain | C],
+        role: Role[C],
+        clock: Callable[[], float],
+    ) -> None:
+        self.engine = engine
+        self.clients = clients
+        self._inbox = inbox
+        self._role = role
+        self._clock = clock
+        self._stopping = Event()
+        self._draining = False
+        self._progress = 0
+        self._last_step_s = 0.0
+        self._load = pb.Load(num_free_blocks=engine.kv.num_free)
+
+    def current_load(self) -> pb.Load:
+        """The latest load with the progress of this moment, for heartbeats. Any thread."""
+        load = pb.Load()
+        load.CopyFrom(self._load)
+        load.progress = self._progress
+        return load
+
+    def drain(self) -> None:
+        """Leave the loop when the last request is over. Any thread."""
+        self._inbox.post(Drain())
+
+    def stop(self) -> None:
+        """Leave the loop after the step in hand. Any thread."""
+        self._stopping.set()
+        self._inbox.post(Drain())
+
+    def run(self) -> None:
+        wait = 0.0
+        while not self._stopping.is_set() and not (self._draining and not self.clients):
+            for command in self._inbox.take(wait):
+                self._receive(command)
+            for request_id in self.clients.expired():
+                self._abort(request_id, "the request's deadline passed")
+            self._role.before_schedule()
+            scheduled = self.engine.schedule()
+            if scheduled is not None:
+                self._run(scheduled)
+            self._publish()
+            wait = IDLE_WAIT_S if scheduled is None else 0.0
+
+    def _receive(self, command: SessionCommand | Drain | C) -> None:
+        match command:
+            case Attached(session):
+                self.clients.attach(session)
+            case Submitted(session, message):
+                client = self.clients.admit(session, message)
+                if client is not None:
+                    self._submit(client, message)
+            case Cancelled(session, handle):
+                request_id = self.clients.find(session, handle)
+                if request_id is not None:
+                    self._abort(request_id, "cancelled")
+            case Ended(session):
+                for request_id in self.clients.end(session):
+                    self._abort(request_id, "its router is gone")
+            case Drain():
+                self._draining = True
+            case _:
+                self._role.receive(command)
+
+    def _submit(self, client: Client, message: pb.Submit) -> None:
+        try:
+            self._role.submit(client, message)
+        except InvalidRequest as error:
+            self.clients.refuse(client.request.id, error)
+
+    def _abort(self, request_id: RequestId, reason: str) -> None:
+        self._role.abort(request_id)
+        self.clients.fail(request_id, reason, retryable=True)
+
+    def _run(self, scheduled: Scheduled) -> None:
+        began = self._clock()
+        self._role.before_run(scheduled, began)
+
+        def group_done(group: int) -> None:
+            self._progress += 1
+            self._role.group_done(scheduled, group)
+
+        tokens = self.engine.run(scheduled, group_done)
+        now = self._clock()
+        for token in tokens:
+            self.clients.say_token(token)
+            self._role.token(token, now)
+        self._progress += 1
+        self._last_step_s = now - began
+
+    def _publish(self) -> None:
+        engine = self.engine.load()
+        load = pb.Load(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            num_free_blocks=engine.num_free_blocks,
+            num_waiting_tokens=engine.num_waiting_tokens,
+            progress=self._progress,
+            last_step_us=round(self._last_step_s * 1e6),
+            draining=self._draining,
+        )
+        self._role.add_load(load)
+        self._load = load
+        self.clients.flush(load, self.engine.kv)
