@@ -20,6 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster.addresses import free_port, loopback_host
 from cluster.checkpoint import resolve_model
+from cluster.credentials import read_api_key, read_token
 from cluster.process import Command, ending, last_lines
 from cluster.registry.file_store import clear_leases
 from cluster.registry.open import lease_directory, open_registry
@@ -39,6 +40,8 @@ ROLES: tuple[Role, Role] = ("prefill", "decode")
 
 def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpec:
     """The spec in effect: what it leaves open for one machine is decided. Raises SpecError."""
+    for read in (read_token, read_api_key):  # before any process starts, too: each would fail by itself later
+        read(spec)
     for role in ROLES:
         pool = spec.pool(role)
         if pool.port and pool.replicas > 1:

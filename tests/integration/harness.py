@@ -54,7 +54,13 @@ class Cluster:
     _ids: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def start(
-        self, prompt: Sequence[int], params: SamplingParams, *, seed: int = 0, cache_salt: str = "", priority: int = 0
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int = 0,
+        cache_salt: str = "",
+        timeout_s: float = TIMEOUT_S,
     ) -> GenerationStream:
         request = Request(
             id=RequestId(f"test-{next(self._ids)}"),
@@ -63,9 +69,8 @@ class Cluster:
             params=params,
             seed=seed,
             cache_salt=cache_salt,
-            priority=priority,
         )
-        return self.dispatcher.start(request, time.monotonic() + TIMEOUT_S)
+        return self.dispatcher.start(request, time.monotonic() + timeout_s)
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams, **options: object) -> list[int]:
         stream = self.start(prompt, params, **options)  # type: ignore[arg-type]

@@ -4,7 +4,9 @@ Over simulated executors, whose tokens depend on the KV bytes they find, so wron
 """
 
 import asyncio
+import contextlib
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -14,6 +16,7 @@ from engine.errors import InvalidRequest
 from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 from engine.request import FinishReason, Request, RequestId, SamplingParams
 from engine.scheduler import SchedulerConfig
+from router.generation import DeadlineExceeded, GenerationStream
 from tests.integration.harness import Cluster, running_cluster
 
 CONFIG = SimulatedConfig(
@@ -22,8 +25,6 @@ CONFIG = SimulatedConfig(
 
 
 def executor(_role: str) -> SimulatedExecutor:
-    import time
-
     return SimulatedExecutor(CONFIG, time.sleep)
 
 
@@ -142,3 +143,33 @@ async def test_a_worker_that_is_gone_is_replaced_in_mid_stream() -> None:
 async def quiesce_rest(cluster: Cluster) -> None:
     cluster.prefill, cluster.decode = cluster.prefill[1:], cluster.decode[1:]
     await cluster.quiesce()
+
+
+async def test_a_deadline_ends_a_request_wherever_it_is_and_returns_its_blocks() -> None:
+    async with running_cluster(executor, prefill_tokens=16) as cluster:
+        streams = [cluster.start(prompt_of(400, i), PARAMS, timeout_s=0.05 + 0.05 * i) for i in range(8)]
+
+        async def outcome(stream: GenerationStream) -> bool:
+            with contextlib.suppress(DeadlineExceeded):
+                async for _ in stream:
+                    pass
+                return True
+            return False
+
+        finished = await asyncio.gather(*map(outcome, streams))
+        assert not finished[0]
+        await cluster.quiesce()
+
+
+async def test_a_draining_worker_finishes_what_it_has() -> None:
+    prompt = prompt_of(100, 77)
+    async with running_cluster(executor) as cluster:
+        stream = cluster.start(prompt, PARAMS)
+        tokens: list[int] = []
+        while len(tokens) < 5:  # the decode worker has it
+            tokens += (await anext(aiter(stream))).token_ids
+        draining = asyncio.create_task(cluster.decode[0].thread.drain(10))
+        tokens += [token for delta in [d async for d in stream] for token in delta.token_ids]
+        await draining
+        assert tokens == undisturbed(prompt, PARAMS)
+        assert stream.timeline.attempts == 1
