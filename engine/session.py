@@ -23,7 +23,6 @@ METHOD = "/baton.worker.Worker/Session"
 HEARTBEAT_S = 0.5
 ATTACH_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 10.0
-MAX_MERGED_OUTPUTS = 1024
 MAX_BACKLOG = 10_000  # frames; a router that lags this far behind is cut off and attaches again
 
 log = logging.getLogger(__name__)
@@ -145,27 +144,7 @@ class SessionServer:
                 frame = pb.Frame(load=self._current_load())
             if frame is None:
                 return
-            ended = _merge_waiting(frame, outbox)
             frame.number = number
             number += 1
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await context.write(frame)
-            if ended:
-                return
-
-
-def _merge_waiting(frame: pb.Frame, outbox: "asyncio.Queue[pb.Frame | None]") -> bool:
-    """Take what has queued up behind `frame` into it: a router that lags gets fewer, larger frames, in order.
-
-    True when the session has ended behind them. Messages cost more than what is in them.
-    """
-    while not outbox.empty() and len(frame.outputs) < MAX_MERGED_OUTPUTS:
-        following = outbox.get_nowait()
-        if following is None:
-            return True
-        if not frame.kv_events:
-            frame.kv_event_number = following.kv_event_number
-        frame.kv_events.extend(following.kv_events)
-        frame.outputs.extend(following.outputs)
-        frame.load.CopyFrom(following.load)
-    return False

@@ -1,4 +1,4 @@
-"""The worker's end of a session, over real gRPC: who may attach, what comes first, and what a slow router gets."""
+"""The worker's end of a session, over real gRPC: who may attach, and what comes first."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -71,25 +71,6 @@ async def test_heartbeats_come_only_after_the_first_frame_of_the_engine() -> Non
         assert (await first).description.worker_id == "w"
         heartbeat = await call.read()
         assert (heartbeat.number, heartbeat.load.progress) == (1, 7)
-
-
-async def test_frames_that_queue_up_travel_as_one_in_order() -> None:
-    """Nothing is lost in the merge, and the last load is the one that counts."""
-    async with running() as (worker, connect):
-        call = connect()
-        await call.write(ATTACH)
-        await worker.next()
-        for index in range(5):
-            events = [pb.KvEvent(stored=[index])] if index in (1, 3) else []
-            frame = pb.Frame(load=pb.Load(num_running=5 - index), kv_event_number=10 + index // 3, kv_events=events)
-            frame.outputs.add(handle=1, index=index, token_ids=[100 + index])
-            worker.sessions._enqueue({SessionId(0): frame})  # all before the writer's turn
-        merged = await call.read()
-        assert [list(output.token_ids) for output in merged.outputs] == [[100 + index] for index in range(5)]
-        assert [list(event.stored) for event in merged.kv_events] == [[1], [3]]
-        assert merged.kv_event_number == 10
-        assert merged.load.num_running == 1
-        assert merged.number == 0
 
 
 async def test_a_session_must_begin_with_attach() -> None:
