@@ -35,8 +35,8 @@ CHAT_TEMPLATE = (
 
 # Modules of the standard library with much English in their docstrings; present in every Python that Baton runs on.
 TEXT_MODULES = """
-argparse codecs collections/__init__ configparser copy csv datetime difflib email/message enum functools heapq inspect
-json/__init__ locale logging/__init__ optparse os pathlib pickle platform pprint random shlex shutil socket statistics
+argparse codecs collections configparser copy csv datetime difflib email/message enum functools heapq inspect
+json locale logging optparse os pathlib pickle platform pprint random shlex shutil socket statistics
 string subprocess tarfile tempfile textwrap threading timeit trace typing unittest/case unittest/mock urllib/parse
 urllib/request uuid weakref zipfile
 """
@@ -111,7 +111,10 @@ def _configs() -> dict[str, dict[str, Any]]:
 def _docstrings() -> Iterator[str]:
     stdlib = Path(sysconfig.get_path("stdlib"))
     for module in TEXT_MODULES.split():
-        tree = ast.parse((stdlib / f"{module}.py").read_text(encoding="utf-8"))
+        file = stdlib / f"{module}.py"
+        if not file.is_file():  # a module in one Python is a package in the next
+            file = stdlib / module / "__init__.py"
+        tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 yield text

@@ -255,10 +255,10 @@ def test_wrong_arguments_are_refused_in_words(checkpoint):
         LLM(str(checkpoint), kv_cache_memory="lots")
 
 
-def test_a_template_that_refuses_is_an_invalid_request(llm):
+def test_a_message_without_content_is_refused_by_name(llm):
     with pytest.raises(InvalidRequest) as caught:
         llm.chat([{"role": "user"}], GREEDY)
-    assert caught.value.param == "messages"
+    assert caught.value.param == "messages[0].content"
 
 
 def test_importing_baton_loads_no_torch():

@@ -146,6 +146,37 @@ async def test_streams_survive_a_frozen_worker(
     assert cluster.pids[f"{role}-1"] == victim
 
 
+BAD_BODIES: list[tuple[int, bytes]] = [
+    (400, b"{"),
+    (400, b'{"prompt": "\xff\xfe"}'),
+    (400, b'{"prompt": 7}'),
+    (400, b'{"prompt": ""}'),
+    (400, b'{"prompt": []}'),
+    (400, b'{"prompt": [5, 6], "max_tokens": -3}'),
+    (400, b'{"prompt": [5, 6], "n": 1000000000}'),
+    (400, b'{"prompt": [5, 512]}'),
+    (400, b'{"prompt": [-1]}'),
+    (400, b'{"prompt": [5], "temperature": "hot"}'),
+    (400, b'{"prompt": [5], "max_tokens": 100000}'),
+    (400, b'{"prompt": [%s5]}' % (b"5," * 5000)),
+    (400, b'{"prompt": ' + b"[" * 5000),
+    (400, b'{"prompt": [5], "kv_transfer_params": {"x": 1}}'),
+    (404, b'{"prompt": [5], "model": "another"}'),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), BAD_BODIES, ids=range(len(BAD_BODIES)))
+async def test_bad_input_gets_its_4xx_and_harms_nobody(cluster: LocalCluster, status: int, body: bytes) -> None:
+    pids = cluster.pids
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client:
+        answer = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == status, answer.text
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        good = await client.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 2})
+        assert good.status_code == 200, good.text
+    assert cluster.pids == pids
+
+
 async def test_every_block_is_free_after_all_that(cluster: LocalCluster) -> None:
     await until_complete(cluster)
     async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client, asyncio.timeout(40):

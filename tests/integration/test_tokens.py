@@ -32,20 +32,27 @@ def prompts(vocab_size: int = 512) -> list[list[int]]:
 
 @functools.cache
 def references(path: Path) -> list[list[int]]:
-    return [reference(path, prompt) for prompt in prompts()]
+    return [reference(path, prompt)[0] for prompt in prompts()]
 
 
-def reference(path: Path, prompt: Sequence[int], num_tokens: int = NUM_TOKENS) -> list[int]:
-    """Greedy tokens of transformers in float32; end tokens do not end it."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+@functools.cache
+def _model(path: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def reference(path: Path, prompt: Sequence[int], num_tokens: int = NUM_TOKENS) -> tuple[list[int], list[torch.Tensor]]:
+    """Greedy tokens of transformers in float32, end tokens do not end it; and each step's log probabilities."""
+    model = _model(path)
     tokens: list[int] = []
+    logprobs: list[torch.Tensor] = []
     ids, past = torch.tensor([list(prompt)]), None
     with torch.inference_mode():
         for _ in range(num_tokens):
             out = model(ids, past_key_values=past, use_cache=True)
             past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
-    return tokens
+            logprobs.append(out.logits[0, -1].log_softmax(-1))
+    return tokens, logprobs
 
 
 def executor(path: Path, block_size: int = 16, num_blocks: int = 200) -> TorchExecutor:
@@ -75,6 +82,24 @@ async def test_greedy_tokens_equal_the_reference(
         assert again[1].timeline.cached_tokens >= 80
         assert again[1].timeline.transfer_blocks <= 1  # only what the decode worker lacks travels
         await cluster.quiesce()
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_logits_after_a_handoff_are_those_of_the_reference(
+    checkpoints: dict[str, Path], family: str, transport: str
+) -> None:
+    """Log probabilities of the sampled token and of the ten most likely, at every step, within 1e-4."""
+    path, prompt = checkpoints[family], prompts()[1]
+    tokens, expected = reference(path, prompt, 24)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=10)
+    async with running_cluster(lambda _role: executor(path), transport=transport, prefill_tokens=32) as cluster:
+        got = [entry for delta in [d async for d in cluster.start(prompt, params)] for entry in delta.logprobs]
+    assert [entry.token_id for entry in got] == tokens
+    for entry, row in zip(got, expected, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+        for token_id, logprob in entry.top:
+            assert logprob == pytest.approx(float(row[token_id]), abs=1e-4)
 
 
 @pytest.mark.parametrize(("prefill_block", "decode_block"), [(16, 4), (4, 16), (8, 32)])
@@ -109,7 +134,7 @@ async def test_more_sequences_than_the_pool_holds_all_finish_with_their_own_toke
     """The decode pool holds fewer blocks than the requests need together: some are preempted and recomputed."""
     path = checkpoints["llama"]
     texts = [[5 + (i * 7 + j) % 500 for j in range(40)] for i in range(12)]
-    expected = [reference(path, prompt, 48) for prompt in texts]
+    expected = [reference(path, prompt, 48)[0] for prompt in texts]
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     async with running_cluster(lambda role: executor(path, num_blocks=32 if role == "decode" else 200)) as cluster:
         assert await asyncio.gather(*(cluster.generate(prompt, params) for prompt in texts)) == expected
