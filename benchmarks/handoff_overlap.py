@@ -79,7 +79,7 @@ async def measure(url: str, args: argparse.Namespace) -> None:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint directory")
-    parser.add_argument("--input", type=int, default=4096, help="prompt tokens")
+    parser.add_argument("--input", type=int, default=4090, help="prompt tokens; the last block is then not full")
     parser.add_argument("--output", type=int, default=16, help="output tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--transport", choices=["auto", "shared_memory", "tcp"], default="auto")

@@ -1,7 +1,6 @@
 """How fast KV moves between two processes, against the floor of the same machine in the same run.
 
-    python benchmarks/kv_pull.py --transport shared_memory
-    python benchmarks/kv_pull.py --transport tcp
+    python -m benchmarks.kv_pull [--transport shared_memory|tcp]
 
 The child process is a source with a pool full of random KV; this process pulls. Shared memory is compared with one
 memcpy of as many bytes by one thread, TCP with a plain socket copy between two processes (`sendall` and `recv_into`).
@@ -47,7 +46,7 @@ CHECKSUMS = "checksums at the source"
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transport", choices=["shared_memory", "tcp"], default="shared_memory")
+    parser.add_argument("--transport", choices=["shared_memory", "tcp"], help="default: both, one after the other")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -244,6 +243,11 @@ def report(args: argparse.Namespace, floor: str, times: dict[str, list[float]]) 
 
 def main() -> None:
     args = parse()
+    for transport in [args.transport] if args.transport else ["shared_memory", "tcp"]:
+        run(argparse.Namespace(**{**vars(args), "transport": transport}))
+
+
+def run(args: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     child, parent = context.Pipe()
     process = context.Process(target=source_process, args=(args, parent), daemon=True)
