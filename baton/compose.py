@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry
 
 from cluster.addresses import reachable_host
-from cluster.checkpoint import resolve_model
+from cluster.checkpoint import model_config, resolve_model, spec_errors
 from cluster.credentials import read_api_key, read_token
 from cluster.registry.base import WorkerRecord
 from cluster.registry.open import open_registry
 from cluster.spec import ClusterSpec, PoolSettings, Role, threads_per_worker, worker_id
 from decode_workers.server import DecodeServer
 from engine.executors.base import Executor
-from engine.model_config import load_model_config
 from engine.scheduler import SchedulerConfig
 from engine.server import WorkerIdentity
 from kv_transfer.fingerprint import fingerprint
@@ -62,17 +61,16 @@ def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
         )
     from engine.executors.torch_executor import TorchConfig, TorchExecutor
 
-    return TorchExecutor(
-        resolve_model(spec.model),
-        TorchConfig(
-            dtype=spec.dtype,
-            block_size=pool.block_size,
-            num_blocks=pool.kv_cache.num_blocks,
-            kv_memory=pool.kv_cache.memory,
-            max_model_len=spec.max_model_len,
-            num_threads=threads_per_worker(spec, pool.role, os.cpu_count() or 1),
-        ),
+    config = TorchConfig(
+        dtype=spec.dtype,
+        block_size=pool.block_size,
+        num_blocks=pool.kv_cache.num_blocks,
+        kv_memory=pool.kv_cache.memory,
+        max_model_len=spec.max_model_len,
+        num_threads=threads_per_worker(spec, pool.role, os.cpu_count() or 1),
     )
+    with spec_errors():
+        return TorchExecutor(resolve_model(spec.model), config)
 
 
 def scheduler_config(pool: PoolSettings) -> SchedulerConfig:
@@ -81,7 +79,8 @@ def scheduler_config(pool: PoolSettings) -> SchedulerConfig:
 
 async def run_router(spec: ClusterSpec, *, index: int = 0) -> None:
     """Serve HTTP until SIGTERM or SIGINT, then let running requests finish."""
-    tokenizer = load_tokenizer(resolve_model(spec.model))
+    with spec_errors():
+        tokenizer = load_tokenizer(resolve_model(spec.model))
     token, api_key = read_token(spec), read_api_key(spec)
     registry = open_registry(spec)
     dispatcher = Dispatcher(
@@ -125,7 +124,7 @@ def model_card(spec: ClusterSpec) -> ModelCard:
         simulated = spec.simulated
         max_model_len = spec.max_model_len or simulated.max_model_len
         return ModelCard(spec.public_model_name, simulated.vocab_size, max_model_len, ())
-    config = load_model_config(resolve_model(spec.model))
+    config = model_config(spec.model)
     max_model_len = spec.max_model_len or config.max_position_embeddings
     return ModelCard(spec.public_model_name, config.vocab_size, max_model_len, config.eos_token_ids)
 

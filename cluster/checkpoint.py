@@ -1,8 +1,11 @@
 """Where a model's files are: a directory as it is, or a Hugging Face hub id, downloaded once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.spec_errors import SpecError
+from engine.model_config import ModelConfig, load_model_config
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # no pickled weights, no code
 
@@ -17,6 +20,21 @@ def resolve_model(model: str) -> Path:
     if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1:
         raise SpecError([f"model: {model!r} is not a directory; needed: a checkpoint directory or a hub id"])
     return _download(model)
+
+
+@contextmanager
+def spec_errors(field: str = "model") -> Iterator[None]:
+    """What is wrong with a checkpoint's files, or with asking for more than they give, is wrong with the spec."""
+    try:
+        yield
+    except ValueError as error:
+        raise SpecError([f"{field}: {error}"]) from error
+
+
+def model_config(model: str) -> ModelConfig:
+    """What config.json says. Raises SpecError, naming an architecture that is not supported and those that are."""
+    with spec_errors():
+        return load_model_config(resolve_model(model))
 
 
 def _download(model: str) -> Path:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster.addresses import free_port, loopback_host
-from cluster.checkpoint import resolve_model
+from cluster.checkpoint import model_config, resolve_model
 from cluster.credentials import read_api_key, read_token
 from cluster.process import Command, ending, last_lines
 from cluster.registry.file_store import clear_leases
@@ -54,6 +54,8 @@ def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpe
     # Before any process starts, so that a hub id is downloaded once and a wrong one is refused at once.
     model = {"model": str(resolve_model(spec.model)), "served_model_name": spec.public_model_name}
     spec = spec.model_copy(update=model)
+    if spec.engine == "torch":
+        model_config(spec.model)
     return with_run_dir(spec, environ)
 
 

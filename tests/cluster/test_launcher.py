@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from cluster.spec_errors import SpecError
 from cluster.spec_file import load_spec, parse_spec
 from cluster.supervisor import ClusterFailed, Ended
 from tests.cluster.children import ends_within
+from tests.cluster.conftest import LLAMA_CONFIG
 
 FAKE = (sys.executable, "-m", "tests.cluster.fake_baton")
 
@@ -21,7 +23,7 @@ FAKE = (sys.executable, "-m", "tests.cluster.fake_baton")
 def checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint"
     path.mkdir()
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
     return path
 
 
@@ -125,3 +127,9 @@ async def test_the_spec_in_effect_is_written(checkpoint: Path) -> None:
 )
 def test_the_url_reaches_the_router_from_this_machine(host: str, url: str) -> None:
     assert router_url(parse_spec({"model": "tiny", "router": {"host": host}})) == url
+
+
+def test_an_unsupported_architecture_is_refused_by_name_before_any_process_starts(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    with pytest.raises(SpecError, match=r"'GPT2LMHeadModel' is not supported; supported are .*LlamaForCausalLM"):
+        on_this_machine(spec_for(checkpoint), {})
