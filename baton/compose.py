@@ -215,7 +215,6 @@ def _decode_server(spec: ClusterSpec, pool: PoolSettings, identity: WorkerIdenti
         _fingerprint(executor, identity),
         boot_id=host_boot_id(),
         hash_secret=identity.token,
-        pull_timeout_s=spec.transfer.pull_timeout_s,
     )
 
 

@@ -130,7 +130,6 @@ class TransferSpec(Section):
     )
     lease_s: Seconds = Field(30, description="how long a prefill worker keeps offered blocks without a renewal")
     silence_s: Seconds = Field(2, description="a link is lost after this long without a message")
-    pull_timeout_s: Seconds = Field(60, description="longest a decode worker waits for offered KV")
 
 
 class SecuritySpec(Section):

@@ -37,12 +37,9 @@ class DecodeServer:
         *,
         boot_id: str,
         hash_secret: str,
-        pull_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
-        self._pull_timeout_s = pull_timeout_s
-        self._clock = clock
         self._inbox: Inbox[SessionCommand | Drain | PullEnded] = Inbox()
         self._server = InternalServer(identity)
         self.address = self._server.address
@@ -87,7 +84,7 @@ class DecodeServer:
                 entry.offer,
                 block_ids=entry.block_ids[entry.num_held_tokens // self._executor.layout.block_size :],
                 num_held_tokens=entry.num_held_tokens,
-                deadline=min(entry.deadline, self._clock() + self._pull_timeout_s),
+                deadline=entry.deadline,  # as long as prefill takes: a source that is silent is found much sooner
             )
             ended = PullEnded(entry.request.id, pulled, None)
         except TransferError as error:

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class SessionConfig:
     silence_s: float = 2.0  # workers send a frame at least every 0.5 s
-    stall_s: float = 10.0
-    attach_timeout_s: float = 10.0  # the first frame waits for the end of the worker's current step
+    stall_s: float = 60.0  # above the longest group of layers: a large model on a CPU takes many seconds
+    attach_timeout_s: float = 60.0  # the first frame waits for the end of the worker's current step
     min_backoff_s: float = 0.1
     max_backoff_s: float = 2.0
     seqs_per_slot: float = 1.5  # sequences sent per decode slot, so that freed slots find a prefilled successor
