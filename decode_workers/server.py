@@ -1,6 +1,7 @@
 """The rim of a decode process: gRPC server, the KV sink, and the thread the worker loop runs in."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,6 +19,8 @@ from engine.server import InternalServer, LoopThread, WorkerIdentity, describe
 from engine.session import SessionCommand, SessionServer
 from kv_transfer.sink import KvSink, SinkConfig
 from kv_transfer.transports.base import SinkTransport
+
+log = logging.getLogger(__name__)
 
 
 class DecodeServer:
@@ -68,10 +71,11 @@ class DecodeServer:
         self.thread.start()
 
     async def stop(self) -> None:
-        await self.thread.stop()
+        stopped = await self.thread.stop()
         await self._sink.close()
         await self._server.stop()
-        self._executor.close()
+        if stopped:
+            self._executor.close()
 
     def _start_pull(self, entry: Entry) -> "Future[None]":
         return asyncio.run_coroutine_threadsafe(self._pull(entry), self._rim)
@@ -89,5 +93,8 @@ class DecodeServer:
             ended = PullEnded(entry.request.id, pulled, None)
         except TransferError as error:
             ended = PullEnded(entry.request.id, None, error)
+        except Exception as error:  # the task's one guard: the client waits for an end, whatever it is
+            log.exception("the pull of %s broke", entry.request.id)
+            ended = PullEnded(entry.request.id, None, TransferError(repr(error), retryable=True))
         finally:
             self._inbox.post(ended)

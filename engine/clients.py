@@ -116,13 +116,16 @@ class Clients:
             output.prompt_logprobs.extend(map(logprobs_to_pb, token.prompt_logprobs))
         output.finish_reason = finish_to_pb(token.finish_reason)
 
-    def fail(self, request_id: RequestId, message: str, *, retryable: bool, param: str | None = None) -> None:
+    def fail(self, request_id: RequestId, message: str, *, retryable: bool) -> None:
         """Say the attempt is over, and forget it."""
-        self.output(request_id).error.CopyFrom(pb.Error(message=message, retryable=retryable, param=param or ""))
-        self.forget(request_id)
+        self._end(request_id, pb.Error(message=message, retryable=retryable))
 
     def refuse(self, request_id: RequestId, error: InvalidRequest) -> None:
-        self.fail(request_id, error.message, retryable=False, param=error.param)
+        self._end(request_id, pb.Error(message=error.message, param=error.param or "", code=error.code))
+
+    def _end(self, request_id: RequestId, error: pb.Error) -> None:
+        self.output(request_id).error.CopyFrom(error)
+        self.forget(request_id)
 
     def flush(self, load: pb.Load, kv: KvCache) -> None:
         """Send every session one frame with what was said since the last flush. Nothing new, nothing sent."""

@@ -23,7 +23,7 @@ IDLE_WAIT_S = 0.2  # how late a deadline of a waiting request may be noticed
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Finish what is there, then leave the loop."""
+    """Wakes a loop that is to leave."""
 
 
 C_contra = TypeVar("C_contra", contravariant=True)
@@ -76,6 +76,7 @@ class WorkerLoop(Generic[C]):
         self._clock = clock
         self._stopping = Event()
         self._draining = False
+        self._turn = 0
         self._progress = 0
         self._last_step_s = 0.0
         self._load = pb.Load(num_free_blocks=engine.kv.num_free)
@@ -85,10 +86,12 @@ class WorkerLoop(Generic[C]):
         load = pb.Load()
         load.CopyFrom(self._load)
         load.progress = self._progress
+        load.draining = self._draining
         return load
 
     def drain(self) -> None:
         """Leave the loop when the last request is over. Any thread."""
+        self._draining = True
         self._inbox.post(Drain())
 
     def stop(self) -> None:
@@ -101,6 +104,8 @@ class WorkerLoop(Generic[C]):
         while not self._stopping.is_set() and not (self._draining and not self.clients):
             for command in self._inbox.take(wait):
                 self._receive(command)
+            self._turn += 1
+            self._progress += 1
             for request_id in self.clients.expired():
                 self._abort(request_id, "the request's deadline passed")
             self._role.before_schedule()
@@ -126,7 +131,7 @@ class WorkerLoop(Generic[C]):
                 for request_id in self.clients.end(session):
                     self._abort(request_id, "its router is gone")
             case Drain():
-                self._draining = True
+                pass  # it woke the loop
             case _:
                 self._role.receive(command)
 
@@ -143,6 +148,10 @@ class WorkerLoop(Generic[C]):
     def _run(self, scheduled: Scheduled) -> None:
         began = self._clock()
         self._role.before_run(scheduled, began)
+        if scheduled.started or scheduled.preempted:
+            self._publish()  # offers leave now, so that the first chunk's KV moves while it is computed
+        else:
+            self._load = self._measure()  # heartbeats of a long step tell what it runs
 
         def group_done(group: int) -> None:
             self._progress += 1
@@ -153,10 +162,13 @@ class WorkerLoop(Generic[C]):
         for token in tokens:
             self.clients.say_token(token)
             self._role.token(token, now)
-        self._progress += 1
         self._last_step_s = now - began
 
     def _publish(self) -> None:
+        self._load = self._measure()
+        self.clients.flush(self._load, self.engine.kv)
+
+    def _measure(self) -> pb.Load:
         engine = self.engine.load()
         load = pb.Load(
             num_running=engine.num_running,
@@ -166,7 +178,7 @@ class WorkerLoop(Generic[C]):
             progress=self._progress,
             last_step_us=round(self._last_step_s * 1e6),
             draining=self._draining,
+            turn=self._turn,
         )
         self._role.add_load(load)
-        self._load = load
-        self.clients.flush(load, self.engine.kv)
+        return load

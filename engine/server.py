@@ -15,6 +15,7 @@ from engine.wire import CHANNEL_OPTIONS
 from protos import worker_pb2 as pb
 
 STOP_GRACE_S = 1.0
+STOP_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def describe(
         fingerprint=fingerprint,
         block_size=executor.layout.block_size,
         num_blocks=engine.kv.num_blocks,
-        max_model_len=executor.max_model_len,
+        max_model_len=engine.max_len,
         max_num_seqs=max_num_seqs,
         vocab_size=executor.vocab_size,
         kv_bytes_per_token=executor.layout.block_bytes // executor.layout.block_size,
@@ -104,11 +105,12 @@ class LoopThread:
         except TimeoutError:
             log.warning("drain: requests were still running after %.0f s", grace_s)
 
-    async def stop(self) -> None:
-        """When it returns, the thread has ended."""
+    async def stop(self) -> bool:
+        """False when the thread is still in a step after `STOP_S`: then what it uses must not be closed."""
         self._worker.stop()
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_S)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

@@ -64,7 +64,8 @@ class PrefillServer:
         self.thread.start()
 
     async def stop(self) -> None:
-        await self.thread.stop()
+        stopped = await self.thread.stop()
         await self._server.stop()
         await self._source.close()
-        self._executor.close()
+        if stopped:
+            self._executor.close()

@@ -146,7 +146,7 @@ class Description(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class Load(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_US_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -163,7 +164,8 @@ class Load(_message.Message):
     progress: int
     last_step_us: int
     draining: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    turn: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ..., turn: _Optional[int] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("handle", "index", "token_ids", "logprobs", "prompt_logprobs", "finish_reason", "error", "offer", "handoff_done", "timing")
@@ -190,14 +192,16 @@ class Output(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., offer: _Optional[bytes] = ..., handoff_done: _Optional[bool] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("message", "retryable", "param")
+    __slots__ = ("message", "retryable", "param", "code")
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRYABLE_FIELD_NUMBER: _ClassVar[int]
     PARAM_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
     message: str
     retryable: bool
     param: str
-    def __init__(self, message: _Optional[str] = ..., retryable: _Optional[bool] = ..., param: _Optional[str] = ...) -> None: ...
+    code: str
+    def __init__(self, message: _Optional[str] = ..., retryable: _Optional[bool] = ..., param: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs")

@@ -150,7 +150,7 @@ class Attempt:
             self._end(self._suspects(leg), f"{leg.worker_id}: {error.message}")
         elif not self._over:
             self.abort()
-            self._owner.attempt_refused(InvalidRequest(error.message, param=error.param or None))
+            self._owner.attempt_refused(_refusal(error))
 
     def _suspects(self, leg: _Leg) -> frozenset[str]:
         """Before the handoff is done, a failure on the decode side may be the prefill side's fault."""
@@ -187,3 +187,7 @@ def _set_seconds(timeline: Timeline, timing: pb.Timing, names: tuple[str, ...]) 
     for name in names:
         if timing.HasField(f"{name}_us"):
             setattr(timeline, f"{name}_s", getattr(timing, f"{name}_us") / 1e6)
+
+
+def _refusal(error: pb.Error) -> InvalidRequest:
+    return InvalidRequest(error.message, param=error.param or None, code=error.code or "invalid_value")

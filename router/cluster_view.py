@@ -73,9 +73,11 @@ class WorkerState:
             self._view = None
 
     def report(self, load: pb.Load) -> None:
+        """Heartbeats of one long step say the same again and count no request that came meanwhile."""
+        new_turn = load.turn != self.load.turn
         self.load = load
         self._view = None
-        if self._pending:
+        if self._pending and new_turn:
             for handle, pending in list(self._pending.items()):
                 if pending.reports_seen >= 0:
                     pending.reports_seen += 1

@@ -122,7 +122,11 @@ class Flight:
         self._finish()
 
     def attempt_refused(self, error: InvalidRequest) -> None:
-        self.give_up(error)
+        if self.has_tokens and error.code == "context_length_exceeded":  # a worker with less room than the first one
+            self.stream.finish(FinishReason.LENGTH)
+            self._finish()
+        else:
+            self.give_up(error)
 
     def attempt_failed(self, suspects: frozenset[str], reason: str) -> None:
         log.info("request %s, attempt %d failed: %s", self._request.id, self.stream.timeline.attempts, reason)

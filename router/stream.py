@@ -55,8 +55,10 @@ class TokenStream:
         if index < num_known:
             token_ids, logprobs = token_ids[num_known - index :], logprobs[num_known - index :]
         self._append(token_ids, logprobs, finish_reason)
-        if self._early and (first := min(self._early)) <= len(self.token_ids):
-            return self.accept(first, *self._early.pop(first))
+        while self._early and (first := min(self._early)) <= len(self.token_ids):
+            token_ids, logprobs, finish_reason = self._early.pop(first)
+            known = len(self.token_ids) - first
+            self._append(token_ids[known:], logprobs[known:], finish_reason)
         if self._waiter is not None:
             self._wake()
         return self._ended

@@ -5,9 +5,13 @@ Over simulated executors, whose tokens depend on the KV bytes they find, so wron
 
 import asyncio
 import contextlib
+import itertools
 import random
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,7 +20,10 @@ from engine.errors import InvalidRequest
 from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 from engine.request import FinishReason, Request, RequestId, SamplingParams
 from engine.scheduler import SchedulerConfig
+from kv_transfer.copier import Copier
+from router.dispatcher import DispatcherConfig
 from router.generation import DeadlineExceeded, GenerationStream
+from router.session import SessionConfig
 from tests.integration.harness import Cluster, running_cluster
 
 CONFIG = SimulatedConfig(
@@ -173,3 +180,71 @@ async def test_a_draining_worker_finishes_what_it_has() -> None:
         await draining
         assert tokens == undisturbed(prompt, PARAMS)
         assert stream.timeline.attempts == 1
+
+
+async def test_an_offer_leaves_before_the_first_chunk_is_computed() -> None:
+    """The decode worker links up while prefill computes; one chunk must not hold that back."""
+    slow = replace(CONFIG, prefill_tokens_per_s=2000)
+    async with running_cluster(lambda _role: SimulatedExecutor(slow, time.sleep)) as cluster:
+        stream = cluster.start(prompt_of(400, 4), PARAMS)  # one step of 0.2 s
+        first = asyncio.ensure_future(anext(aiter(stream)))
+        async with asyncio.timeout(5):
+            while not cluster.decode[0].loop.current_load().num_handoffs and not first.done():  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        assert not first.done(), "the handoff began only after the first token"
+        await first
+        await stream.aclose()
+        await cluster.quiesce()
+
+
+async def test_a_worker_that_hangs_in_its_first_step_is_found_and_its_requests_go_elsewhere() -> None:
+    hang, go, made = threading.Event(), threading.Event(), itertools.count()
+
+    def make(role: str) -> SimulatedExecutor:
+        is_victim = role == "prefill" and next(made) == 0
+
+        def sleep(seconds: float) -> None:
+            if is_victim and hang.is_set():
+                go.wait(30)
+            time.sleep(seconds)
+
+        return SimulatedExecutor(CONFIG, sleep)
+
+    config = DispatcherConfig(session=SessionConfig(stall_s=0.8))
+    async with running_cluster(make, num_prefill=2, dispatcher=config) as cluster:
+        hang.set()
+        prompts = [prompt_of(64, 200 + i) for i in range(4)]
+        try:
+            got = await asyncio.gather(*(cluster.generate(prompt, PARAMS) for prompt in prompts))
+        finally:
+            go.set()
+        assert got == [undisturbed(prompt, PARAMS) for prompt in prompts]
+        assert cluster.dispatcher.counters.sessions_lost == 1
+
+
+async def test_a_pull_that_breaks_in_an_unforeseen_way_costs_an_attempt_not_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt, broken = prompt_of(64, 5), iter([True])
+    fetch = Copier.fetch
+
+    def break_once(self: Copier, *args: Any) -> Any:
+        if next(broken, False):
+            raise ValueError("unforeseen")
+        return fetch(self, *args)
+
+    monkeypatch.setattr(Copier, "fetch", break_once)
+    async with running_cluster(executor) as cluster:
+        stream = cluster.start(prompt, PARAMS)
+        tokens = [token for delta in [d async for d in stream] for token in delta.token_ids]
+        assert tokens == undisturbed(prompt, PARAMS)
+        assert stream.timeline.attempts == 2
+        await cluster.quiesce()
+
+
+async def test_a_prompt_beyond_a_workers_room_is_refused_with_the_code_clients_know() -> None:
+    small = replace(CONFIG, num_blocks=8)
+    async with running_cluster(lambda _role: SimulatedExecutor(small, time.sleep)) as cluster:
+        with pytest.raises(InvalidRequest) as caught:
+            await cluster.generate(prompt_of(128, 6), PARAMS)
+        assert caught.value.code == "context_length_exceeded"

@@ -198,6 +198,7 @@ class FakeWorker:
             num_waiting_tokens=sum(len(job.submit.token_ids) for job in self.jobs) if self.role == "prefill" else 0,
             progress=self._steps if self.progress is None else self.progress,
             draining=self.draining,
+            turn=self._steps,
         )
 
     async def _read(self, session: _Session, commands) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -143,16 +144,21 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
 
 def test_a_reservation_counts_until_the_workers_own_report_covers_it():
     state = WorkerState("d0", pb.Description(role="decode", block_size=16, num_blocks=100, max_num_seqs=4), 1.5)
-    report = pb.Load(num_free_blocks=100)
-    state.report(report)
+    turns = itertools.count(1)
+
+    def report(turn: int | None = None) -> None:
+        state.report(pb.Load(num_free_blocks=100, turn=turn or next(turns)))
+
+    report()
     state.reserve(1, 500, 40)
     for _ in range(3):  # not sent yet: no report can know it
-        state.report(report)
+        report()
         assert (state.view().num_seqs, state.view().num_free_blocks, state.view().num_waiting_tokens) == (1, 60, 500)
     state.sent(1)
-    state.report(report)
+    for _ in range(5):  # heartbeats of one long step: the worker has not looked at its inbox
+        report(7)
     assert state.view().num_pending == 1
-    state.report(report)
+    report(8)
     assert state.view().num_pending == 0
     state.reserve(2, 0, 10)
     state.counted(2)
