@@ -64,7 +64,7 @@ def parse_line(line: bytes, number: int, defaults: SamplingParams) -> Task:
 
 
 def _plain_job(line: bytes, defaults: SamplingParams) -> Job:
-    fields: dict[str, Any] = msgspec.json.decode(line)
+    fields = decode_body(line, dict[str, Any])
     if ("prompt" in fields) == ("messages" in fields):
         raise InvalidRequest("a line needs either prompt or messages", param="prompt")
     given = {name: value for name, value in fields.items() if name not in ("id", "custom_id", "prompt", "messages")}

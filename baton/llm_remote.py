@@ -6,8 +6,8 @@ connection, at which the server frees what the request held. Never more than `ma
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import aclosing, asynccontextmanager
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -94,13 +94,14 @@ class RemoteBackend:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
+        await asyncio.get_running_loop().shutdown_asyncgens()
 
     async def _find_model(self) -> str:
         try:
             response = await self._client.get("/v1/models", timeout=CONNECT_S)
             await raise_for_error(response)
             return str(response.json()["data"][0]["id"])
-        except (httpx.TransportError, ValueError, LookupError, TypeError) as error:
+        except (httpx.TransportError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
             raise ConnectionError(f"no server of the OpenAI API answers at {self._url} ({error})") from None
 
     async def _complete(self, job: Job) -> Ended:
@@ -115,8 +116,12 @@ class RemoteBackend:
     async def _stream(self, job: Job, on_event: OnEvent) -> Exception | None:
         try:
             path, body = request_body(job, self.model)
-            async with asyncio.timeout(self._timeout), self._sent(path, {**body, "stream": True}) as response:
-                async for chunk in events(response):
+            async with (
+                asyncio.timeout(self._timeout),
+                self._sent(path, {**body, "stream": True}) as response,
+                aclosing(events(response)) as chunks,
+            ):
+                async for chunk in chunks:
                     for choice in chunk["choices"]:
                         if (increment := parse_increment(job, choice)) is not None:
                             on_event(increment)
@@ -156,7 +161,7 @@ class RemoteBackend:
                 return error
 
 
-async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
     """The server-sent events of a streamed answer. Raises what an error event says, or that the end is missing."""
     async for line in response.aiter_lines():
         if not line.startswith("data:"):

@@ -12,6 +12,8 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # no pickled weights,
 
 def resolve_model(model: str) -> Path:
     """The checkpoint's directory. Raises SpecError when there is none and the hub does not give one."""
+    if not model:
+        raise SpecError(["model: '' is empty; needed: a checkpoint directory or a hub id"])
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

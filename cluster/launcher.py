@@ -55,7 +55,11 @@ def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpe
     model = {"model": str(resolve_model(spec.model)), "served_model_name": spec.public_model_name}
     spec = spec.model_copy(update=model)
     if spec.engine == "torch":
-        model_config(spec.model)
+        positions = model_config(spec.model).max_position_embeddings
+        if (spec.max_model_len or 0) > positions:
+            raise SpecError(
+                [f"max_model_len: {spec.max_model_len} is not allowed with this model; allowed: at most {positions}"]
+            )
     return with_run_dir(spec, environ)
 
 

@@ -63,7 +63,7 @@ def _with_absolute_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
         if isinstance(holder, dict) and isinstance(holder.get(field), str):
             holder[field] = str(base / Path(holder[field]).expanduser())
     model = data.get("model")
-    if isinstance(model, str) and (base / Path(model).expanduser()).is_dir():  # else it is a hub id
+    if isinstance(model, str) and model and (base / Path(model).expanduser()).is_dir():  # else it is a hub id
         data["model"] = str(base / Path(model).expanduser())
     return data
 

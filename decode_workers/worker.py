@@ -42,7 +42,7 @@ class DecodeRole:
         if pulled is None or entry.cancelled:
             self._engine.kv.release(entry.block_ids)
             if command.error is not None:  # the router's next choice may be a local prefill, so it is worth a try
-                log.warning("the handoff of %s failed: %s", request_id, command.error)
+                log.info("the handoff of %s failed: %s", request_id, command.error)
                 self._clients.fail(request_id, "the KV handoff failed", retryable=True)
             return
         output = self._clients.output(request_id)

@@ -173,7 +173,7 @@ class Planner:
 
 
 def _check_chat(body: ChatBody) -> None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
         message = f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {body.top_logprobs}"

@@ -40,6 +40,9 @@ class Exchange:
         media_type = self.headers.get(b"content-type", JSON).partition(b";")[0].strip().lower()
         if media_type != JSON:
             raise ApiError(415, "the body must be sent with content-type: application/json")
+        encoding = self.headers.get(b"content-encoding", b"identity").strip().lower()
+        if encoding != b"identity":
+            raise ApiError(415, "the body must be sent without a content-encoding")
         too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
         length = self.headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > max_bytes:

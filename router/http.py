@@ -204,6 +204,8 @@ class Front:
     async def _detokenize(self, exchange: Exchange) -> None:
         body = decode_body(await self._read(exchange), DetokenizeBody)
         self._planner.check_model(body.model)
+        if len(body.tokens) > self._card.max_model_len:
+            raise InvalidRequest(f"tokens may hold at most {self._card.max_model_len} ids", param="tokens")
         check_ids(body.tokens, self._card.vocab_size, "tokens")
         text = self._tokenizer.decode(body.tokens, skip_special_tokens=False)
         await exchange.respond(200, msgspec.json.encode({"prompt": text}))

@@ -20,6 +20,25 @@ MAX_MESSAGES = 4096
 MAX_CHARS_PER_TOKEN = 32  # more characters than this for each token of the context are refused unread
 MAX_INLINE_CHARS = 2048  # tokenized on the loop: under a millisecond, a thread costs about a tenth
 MAX_TEMPLATE_STRING = 1024
+MAX_TEMPLATE_KWARGS = 64
+MAX_TEMPLATE_NAME = 64
+RESERVED_KWARGS = frozenset(  # what the renderer gives a template, and what would go around it
+    {
+        "add_generation_prompt",
+        "bos_token",
+        "chat_template",
+        "continue_final_message",
+        "documents",
+        "eos_token",
+        "messages",
+        "pad_token",
+        "raise_exception",
+        "strftime_now",
+        "tokenize",
+        "tools",
+        "unk_token",
+    }
+)
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
@@ -190,15 +209,19 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments) if arguments else {}
             except (ValueError, RecursionError):
                 raise InvalidRequest(f"{where}: arguments is not valid JSON", param=where) from None
+        if arguments is not None and not isinstance(arguments, dict):
+            raise InvalidRequest(f"{where}: arguments must be a JSON object", param=where)
         parsed.append({**call, "function": {**call["function"], "arguments": arguments}})
     return parsed
 
 
 def _template_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     param = "chat_template_kwargs"
+    if len(kwargs or {}) > MAX_TEMPLATE_KWARGS:
+        raise InvalidRequest(f"{param} may hold at most {MAX_TEMPLATE_KWARGS} values", param=param)
     for name, value in (kwargs or {}).items():
-        if name in ("tokenize", "chat_template", "messages", "tools", "add_generation_prompt"):
-            raise InvalidRequest(f"{param}.{name} is not allowed", param=param)
+        if name in RESERVED_KWARGS or len(name) > MAX_TEMPLATE_NAME or not name.isidentifier():
+            raise InvalidRequest(f"{param}.{name[:MAX_TEMPLATE_NAME]} is not allowed", param=param)
         if not isinstance(value, str | int | float | None) or len(str(value)) > MAX_TEMPLATE_STRING:
             raise InvalidRequest(f"{param}.{name} must be a number, a truth value or a short text", param=param)
     return kwargs or {}

@@ -6,6 +6,7 @@ stops reading as long as the client likes; `BoundedProtocol` cuts all three. Cal
 """
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,9 @@ from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(**kwargs)
         self._limits = limits
         self._head_bytes = 0  # received since the last whole head
+        self._body_overhead = 0  # received since then that is no body: chunk framing and trailers
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -50,13 +55,28 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
+            data = _without_upgrade(data)
+        else:
+            self._body_overhead += len(data)
         super().data_received(data)
+        if self._body_overhead > self._limits.max_head_bytes and not self.transport.is_closing():
+            self.transport.abort()
         if self._in_head and self._head_bytes > self._limits.max_head_bytes and not self.transport.is_closing():
             self.send_400_response("The request's head is too large.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
+        self._body_overhead = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # trailers are no headers: a proxy in front has not looked at them
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        # Framing may cost as much as the body itself several times over, where chunks are tiny.
+        self._body_overhead = max(0, self._body_overhead - FRAMING_FACTOR * len(body))
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
@@ -86,6 +106,12 @@ class BoundedProtocol(HttpToolsProtocol):
         # A pipelined request may have taken over meanwhile; its own answer starts the timer anew.
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """An offer of another protocol (h2c, by some clients' default) may be ignored, but the parser would stop at it."""
+    end = data.find(b"\r\n\r\n")
+    return UPGRADE.sub(b"\r\nx-ignored-upgrade:", data[:end]) + data[end:] if end >= 0 else data
 
 
 class _Server(uvicorn.Server):
@@ -149,7 +175,9 @@ def _bind(host: str, port: int, backlog: int) -> socket.socket:
         listener.bind((host, port))
         listener.listen(backlog)
         listener.setblocking(False)
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        raise OSError(
+            f"{host}:{port} cannot be listened on: {error.strerror}; choose another port or stop its owner"
+        ) from error
     return listener

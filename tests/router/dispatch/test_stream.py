@@ -64,3 +64,11 @@ async def test_closing_runs_the_callback_and_ends_the_iteration():
     with pytest.raises(StopAsyncIteration):
         await anext(under_test)
     assert closed == [True]
+
+
+async def test_any_number_of_early_tokens_waits_for_the_first():
+    under_test = stream(5000)
+    for index in range(1, 3000):
+        under_test.accept(index, [index], [], None)
+    under_test.accept(0, [0], [], None)
+    assert (await anext(under_test)).token_ids == list(range(3000))

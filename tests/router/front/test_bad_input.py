@@ -58,6 +58,8 @@ BAD_COMPLETIONS: list[tuple[Any, str | None]] = [
     ({"prompt": "x", "presence_penalty": 3}, "presence_penalty"),
     ({"prompt": "x", "seed": 2**65}, "seed"),
     ({"prompt": "x", "seed": True}, "seed"),
+    ({"prompt": "x", "seed": 10**400}, "seed"),
+    ({"prompt": "x", "n": 10**400}, "n"),
     ({"prompt": "x", "stop": ["a"] * 100_000}, "stop"),
     ({"prompt": "x", "stop": ["a" * 2000]}, "stop"),
     ({"prompt": "x", "stop": ["a" * 1000] * 9}, "stop"),
@@ -125,6 +127,12 @@ BAD_CHATS: list[tuple[Any, str | None]] = [
     ({"messages": HI, "chat_template": "{{ 1 }}"}, "chat_template"),
     ({"messages": HI, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     ({"messages": HI, "chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs"),
+    ({"messages": HI, "chat_template_kwargs": {"raise_exception": "x"}}, "chat_template_kwargs"),
+    ({"messages": HI, "chat_template_kwargs": {f"x{i}": 1 for i in range(65)}}, "chat_template_kwargs"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}]},
+        "messages[0].tool_calls",
+    ),
     ({"messages": HI, "chat_template_kwargs": {"x": "y" * 2000}}, "chat_template_kwargs"),
     ({"messages": HI, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
 ]
@@ -263,6 +271,52 @@ async def test_what_is_not_http_gets_400_at_most(tokenizer: Tokenizer, garbage: 
         writer.close()
         await still_serves(server)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400 "), answer
+
+
+async def test_trailers_are_bounded_and_are_no_headers(tokenizer: Tokenizer) -> None:
+    body = b'{"prompt":"x","max_tokens":2}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunked = head + b"%x\r\n%s\r\n0\r\n" % (len(body), body)
+    async with running(tokenizer, saying(tokenizer, "fine")) as server:
+        status, headers, _ = await server.raw(chunked + b"X-Request-Id: from-trailer\r\n\r\n")
+        assert status == 200
+        assert headers["x-request-id"] != "from-trailer"
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(chunked)
+        with suppress(ConnectionError):
+            for _ in range(200):  # 12.8 MB of one trailer, were it let in
+                writer.write(b"X: " + b"y" * 65_536)
+                await asyncio.wait_for(writer.drain(), 20)
+            await asyncio.wait_for(reader.read(), 20)
+        assert writer.is_closing() or reader.at_eof()
+        writer.close()
+        await still_serves(server)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one packet", "body later"])
+async def test_an_offer_to_upgrade_is_ignored(tokenizer: Tokenizer, split: bool) -> None:
+    body = b'{"prompt":"x","max_tokens":2}'
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    async with running(tokenizer, saying(tokenizer, "fine")) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        for part in (head, body) if split else (head + body,):
+            writer.write(part)
+            await writer.drain()
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 20)
+        writer.close()
+    assert answer == b"HTTP/1.1 200 OK\r\n"
+
+
+async def test_a_compressed_body_is_refused_by_name(tokenizer: Tokenizer) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n{}"
+    async with running(tokenizer, saying(tokenizer, "fine")) as server:
+        status, _, answer = await server.raw(head)
+    assert status == 415
+    assert b"content-encoding" in answer
 
 
 async def test_a_large_head_is_refused(tokenizer: Tokenizer) -> None:
