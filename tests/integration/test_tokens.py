@@ -37,7 +37,9 @@ def references(path: Path) -> list[list[int]]:
 
 @functools.cache
 def _model(path: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    # Eager: the fused attention of some releases of transformers leaves out Gemma-2's softcap.
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
 
 
 def reference(path: Path, prompt: Sequence[int], num_tokens: int = NUM_TOKENS) -> tuple[list[int], list[torch.Tensor]]:
