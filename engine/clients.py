@@ -91,9 +91,6 @@ class Clients:
         now = self._clock()
         return [request_id for request_id, client in self._clients.items() if client.deadline <= now]
 
-    def next_deadline(self) -> float | None:
-        return min((client.deadline for client in self._clients.values()), default=None)
-
     def output(self, request_id: RequestId) -> pb.Output:
         """The draft of what this step says about a request. Writes to an unknown request go nowhere."""
         client = self._clients.get(request_id)

@@ -1,8 +1,9 @@
 """The worker's end of the control plane: routers attach here, commands go in, frames come out.
 
 Lives on the worker's asyncio loop. It knows sessions and frames, not requests: commands are posted to the
-engine thread, which answers with one frame per session and step through `deliver`. While the engine thread is
-inside a long step, this side keeps every session alive with heartbeats that carry the latest load.
+engine thread, which answers through `deliver`: one frame per session and step, and one before a step that starts
+requests, for their offers. While the engine thread is inside a long step, this side keeps every session alive with
+heartbeats that carry the latest load.
 """
 
 import asyncio
