@@ -13,12 +13,17 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
 
+from baton.device import find_device
+from baton.tokenizer import checkpoint_tokenizer
+from baton.transports import server_transports, sink_transports
 from cluster.addresses import reachable_host
 from cluster.checkpoint import model_config, resolve_model, spec_errors
 from cluster.credentials import read_api_key, read_token
+from cluster.devices import GPU_MEMORY_FRACTION, HOST_KV_BYTES, FoundDevice
 from cluster.registry.base import WorkerRecord
 from cluster.registry.open import open_registry
-from cluster.spec import ClusterSpec, PoolSettings, Role, threads_per_worker, worker_id
+from cluster.spec import ClusterSpec, PoolSettings, Role, check_device, threads_per_worker, worker_id
+from cluster.spec_errors import SpecError
 from decode_workers.server import DecodeServer
 from engine.executors.base import Executor
 from engine.scheduler import SchedulerConfig
@@ -26,10 +31,7 @@ from engine.server import WorkerIdentity
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import SinkConfig
 from kv_transfer.source import SourceConfig
-from kv_transfer.transports.base import ServerTransport, SinkTransport
-from kv_transfer.transports.shared_memory import SharedMemoryServer, SharedMemorySink, host_boot_id
-from kv_transfer.transports.tcp import TcpSink
-from kv_transfer.transports.tcp_server import TcpServer
+from kv_transfer.transports.shared_memory import host_boot_id
 from prefill_workers.server import PrefillServer
 from router.admission import AdmissionConfig
 from router.dispatcher import Dispatcher, DispatcherConfig
@@ -38,11 +40,21 @@ from router.http import Front, FrontConfig
 from router.metrics import Metrics
 from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingPolicy
 from router.server import ServerConfig, serve
-from router.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 DRAIN_GRACE_S = 25.0  # below the 30 s that orchestrators give a process between SIGTERM and SIGKILL
+
+
+def found_pool(spec: ClusterSpec, role: Role) -> PoolSettings:
+    """The pool on the device that this process has. Raises SpecError for what that device cannot do."""
+    auto: FoundDevice = "cpu"
+    if "cuda" in (devices := spec.possible_devices(role)):
+        auto = find_device("auto" if "cpu" in devices else "cuda")
+    pool = spec.pool(role, auto)
+    if problems := list(check_device(spec, pool)):
+        raise SpecError(problems)
+    return pool
 
 
 def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
@@ -55,32 +67,39 @@ def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
                 **spec.simulated.model_dump(exclude={"max_model_len"}),
                 max_model_len=spec.max_model_len or spec.simulated.max_model_len,
                 block_size=pool.block_size,
-                num_blocks=pool.kv_cache.num_blocks or pool.kv_cache.memory // 4096,
+                num_blocks=pool.num_blocks or (pool.kv_memory or HOST_KV_BYTES) // 4096,
             ),
             time.sleep,
         )
     from engine.executors.torch_executor import TorchConfig, TorchExecutor
 
     config = TorchConfig(
+        device=pool.device,
+        load=spec.load,
         dtype=spec.dtype,
+        quantization=spec.quantization,
         block_size=pool.block_size,
-        num_blocks=pool.kv_cache.num_blocks,
-        kv_memory=pool.kv_cache.memory,
+        num_blocks=pool.num_blocks,
+        kv_memory=pool.kv_memory,
+        kv_dtype=pool.kv_dtype,
+        gpu_memory_fraction=pool.gpu_memory_fraction or GPU_MEMORY_FRACTION,
         max_model_len=spec.max_model_len,
+        max_batch_tokens=pool.max_batch_tokens,
+        max_num_seqs=pool.max_num_seqs,
         num_threads=threads_per_worker(spec, pool.role, os.cpu_count() or 1),
     )
     with spec_errors():
-        return TorchExecutor(resolve_model(spec.model), config)
+        return TorchExecutor(resolve_model(spec.model, spec.load), config)
 
 
 def scheduler_config(pool: PoolSettings) -> SchedulerConfig:
-    return SchedulerConfig(max_batch_tokens=pool.scheduler.max_batch_tokens, max_num_seqs=pool.scheduler.max_num_seqs)
+    return SchedulerConfig(max_batch_tokens=pool.max_batch_tokens, max_num_seqs=pool.max_num_seqs)
 
 
 async def run_router(spec: ClusterSpec, *, index: int = 0) -> None:
     """Serve HTTP until SIGTERM or SIGINT, then let running requests finish."""
     with spec_errors():
-        tokenizer = load_tokenizer(resolve_model(spec.model))
+        tokenizer = checkpoint_tokenizer(resolve_model(spec.model, spec.load), spec.load)
     token, api_key = read_token(spec), read_api_key(spec)
     registry = open_registry(spec)
     dispatcher = Dispatcher(
@@ -124,7 +143,7 @@ def model_card(spec: ClusterSpec) -> ModelCard:
         simulated = spec.simulated
         max_model_len = spec.max_model_len or simulated.max_model_len
         return ModelCard(spec.public_model_name, simulated.vocab_size, max_model_len, ())
-    config = model_config(spec.model)
+    config = model_config(spec.model, spec.load)
     max_model_len = spec.max_model_len or config.max_position_embeddings
     return ModelCard(spec.public_model_name, config.vocab_size, max_model_len, config.eos_token_ids)
 
@@ -141,7 +160,7 @@ def _policy(spec: ClusterSpec) -> RoutingPolicy:
 
 def run_worker(spec: ClusterSpec, role: Role, *, index: int) -> None:
     """Serve one worker until SIGTERM or SIGINT, then drain. Raises RuntimeError when its engine ends by itself."""
-    pool = spec.pool(role)
+    pool = found_pool(spec, role)
     executor = make_executor(spec, pool)  # before the loop, for it blocks for as long as loading takes
     asyncio.run(_serve_worker(spec, pool, executor, index))
 
@@ -182,18 +201,11 @@ async def _serve_worker(spec: ClusterSpec, pool: PoolSettings, executor: Executo
 def _prefill_server(
     spec: ClusterSpec, pool: PoolSettings, identity: WorkerIdentity, executor: Executor
 ) -> PrefillServer:
-    transports: list[ServerTransport] = []
-    if spec.transfer.transport in ("auto", "shared_memory"):
-        transports.append(SharedMemoryServer(executor.memory))
-    if spec.transfer.transport in ("auto", "tcp"):
-        transports.append(
-            TcpServer(executor.memory, host=pool.host, token=identity.token, advertised_host=identity.advertise_host)
-        )
     return PrefillServer(
         identity,
         executor,
         scheduler_config(pool),
-        transports,
+        server_transports(spec, pool, identity, executor),
         SourceConfig(lease_s=spec.transfer.lease_s),
         _fingerprint(executor, identity),
         hash_secret=identity.token,
@@ -201,16 +213,11 @@ def _prefill_server(
 
 
 def _decode_server(spec: ClusterSpec, pool: PoolSettings, identity: WorkerIdentity, executor: Executor) -> DecodeServer:
-    transports: list[SinkTransport] = []  # best first
-    if spec.transfer.transport in ("auto", "shared_memory"):
-        transports.append(SharedMemorySink())
-    if spec.transfer.transport in ("auto", "tcp"):
-        transports.append(TcpSink(identity.token))
     return DecodeServer(
         identity,
         executor,
         scheduler_config(pool),
-        transports,
+        sink_transports(spec, pool, identity, executor),
         SinkConfig(silence_s=spec.transfer.silence_s),
         _fingerprint(executor, identity),
         boot_id=host_boot_id(),

@@ -111,8 +111,12 @@ def generate_command(
     min_p: Annotated[float, typer.Option(help="Keep tokens this likely, relative to the likeliest.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given again.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
-    kv_cache_memory: Annotated[str, typer.Option(help="Memory of the KV cache, without --url.")] = "1GiB",
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Requests that run at once. [default: 64; on a GPU, without --url, 256]")
+    ] = None,
+    kv_cache_memory: Annotated[
+        str | None, typer.Option(help="Memory of the KV cache, without --url. [default: 1GiB; on a GPU what is free]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, without --url. [default: all cores]")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="BATON_API_KEY", help="The server's key.")] = None,
 ) -> None:

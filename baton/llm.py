@@ -8,12 +8,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, TypeVar, cast
+from typing import Literal, Self, TypeVar, cast
 
 from rich.console import Console
 
 from baton.outputs import Backend, Conversation, Ended, Increment, Job, Message, RequestOutput
 from baton.progress import throughput_bar
+from cluster.devices import GPU_MEMORY_FRACTION, Device
+from cluster.spec import KvDtype, Load
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 
@@ -22,13 +24,14 @@ Prompt = str | Sequence[int]
 Increments = Generator[Increment, None, None]
 Params = SamplingParams | Sequence[SamplingParams]
 
+REMOTE_NUM_SEQS = 64  # requests sent to a server at once
 LOOKAHEAD = 8  # jobs begun beyond the oldest unfinished one, in multiples of what runs at once
 
 
 class LLM:
     """A model to call from Python: `LLM("path or hub id")`, or `LLM(url="http://host:8000")` for a server.
 
-    The engine's options (`dtype` to `block_size`) mean nothing with `url`; `api_key` and `timeout` (seconds a
+    The engine's options (`device` to `block_size`) mean nothing with `url`; `api_key` and `timeout` (seconds a
     request may take) mean nothing without. With `url`, `model` may stay None where the server has one model.
     Raises ValueError for a checkpoint that cannot be served, ConnectionError when there is no server.
     """
@@ -38,11 +41,16 @@ class LLM:
         model: str | None = None,
         *,
         url: str | None = None,
+        device: Device = "auto",
+        load: Load = "auto",
         dtype: str = "auto",
+        quantization: Literal["fp8"] | None = None,
         max_model_len: int | None = None,
-        kv_cache_memory: str | int = "1GiB",
-        max_batch_tokens: int = 512,
-        max_num_seqs: int = 64,
+        kv_cache_memory: str | int | None = None,
+        kv_cache_dtype: KvDtype = "auto",
+        gpu_memory_fraction: float = GPU_MEMORY_FRACTION,
+        max_batch_tokens: int | None = None,
+        max_num_seqs: int | None = None,
         threads: int | None = None,
         block_size: int = 16,
         api_key: str | None = None,
@@ -52,14 +60,21 @@ class LLM:
         if url is not None:
             from baton.llm_remote import RemoteBackend
 
-            self._backend: Backend = RemoteBackend(url, model, api_key, timeout, max_in_flight=max_num_seqs)
+            self._backend: Backend = RemoteBackend(
+                url, model, api_key, timeout, max_in_flight=max_num_seqs or REMOTE_NUM_SEQS
+            )
         elif model is not None:
             from baton.llm_local import LocalConfig, local_backend
 
             config = LocalConfig(
+                device=device,
+                load=load,
                 dtype=dtype,
+                quantization=quantization,
                 max_model_len=max_model_len,
                 kv_cache_memory=kv_cache_memory,
+                kv_cache_dtype=kv_cache_dtype,
+                gpu_memory_fraction=gpu_memory_fraction,
                 max_batch_tokens=max_batch_tokens,
                 max_num_seqs=max_num_seqs,
                 threads=threads,

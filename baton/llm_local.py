@@ -11,13 +11,17 @@ from itertools import count
 from pathlib import Path
 from secrets import randbits
 from threading import Thread
+from typing import Literal
 
 from rich.console import Console
 
+from baton.device import find_device
 from baton.outputs import Completion, Conversation, Increment, Job, OnEnd, OnEvent, RequestOutput
 from baton.progress import loading_bar
+from baton.tokenizer import checkpoint_tokenizer
 from cluster.checkpoint import resolve_model
-from cluster.spec import parse_size
+from cluster.devices import Device, kv_bytes, step_limits
+from cluster.spec import KvDtype, Load, parse_size
 from engine.engine import Engine, TokenOutput
 from engine.errors import InvalidRequest
 from engine.executors.base import Executor, TokenLogprobs
@@ -28,7 +32,7 @@ from engine.scheduler import SchedulerConfig
 from router.detokenizer import TextStream
 from router.params import choice_seed, request_seed
 from router.prompts import check_ids, render_messages
-from router.tokenizer import Tokenizer, load_tokenizer
+from router.tokenizer import Tokenizer
 
 IDLE_WAIT_S = 3600.0  # an idle engine wakes up only for a command
 CLOSE_WAIT_S = 60.0
@@ -36,28 +40,43 @@ CLOSE_WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class LocalConfig:
+    """None of memory and limits: what suits the device."""
+
+    device: Device
+    load: Load
     dtype: str
+    quantization: Literal["fp8"] | None
     max_model_len: int | None
-    kv_cache_memory: str | int
-    max_batch_tokens: int
-    max_num_seqs: int
+    kv_cache_memory: str | int | None
+    kv_cache_dtype: KvDtype
+    gpu_memory_fraction: float
+    max_batch_tokens: int | None
+    max_num_seqs: int | None
     threads: int | None
     block_size: int
 
 
 def local_backend(model: str, config: LocalConfig) -> "LocalBackend":
     """Load the checkpoint. Raises ValueError when it cannot be served with this configuration."""
-    path: Path = resolve_model(model)
-    memory = parse_size(config.kv_cache_memory)
-    if not isinstance(memory, int) or memory < 1:
+    path: Path = resolve_model(model, config.load)
+    asked = None if config.kv_cache_memory is None else parse_size(config.kv_cache_memory)
+    if asked is not None and (not isinstance(asked, int) or asked < 1):
         raise ValueError(f"kv_cache_memory must be a size such as 512MiB, not {config.kv_cache_memory!r}")
-    limits = SchedulerConfig(max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs)
-    tokenizer = load_tokenizer(path)
+    device = find_device(config.device)
+    limits = SchedulerConfig(*step_limits(device, config.max_batch_tokens, config.max_num_seqs))
+    tokenizer = checkpoint_tokenizer(path, config.load)
     sizes = TorchConfig(
+        device=device,
+        load=config.load,
         dtype=config.dtype,
+        quantization=config.quantization,
         block_size=config.block_size,
-        kv_memory=memory,
+        kv_memory=kv_bytes(device, asked),
+        kv_dtype=config.kv_cache_dtype,
+        gpu_memory_fraction=config.gpu_memory_fraction,
         max_model_len=config.max_model_len,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_num_seqs=limits.max_num_seqs,
         num_threads=config.threads,
     )
     with loading_bar(Console(stderr=True)) as progress:
@@ -154,10 +173,14 @@ class LocalBackend:
                 for command in self._inbox.take(wait):
                     command()
                 scheduled = self._engine.schedule()
-                wait = IDLE_WAIT_S if scheduled is None else 0.0
                 if scheduled is not None:
-                    for token in self._engine.run(scheduled):
+                    self._engine.start(scheduled)
+                if scheduled is None or not self._engine.can_start:
+                    for token in self._engine.collect():
                         self._deliver(token)
+                wait = 0.0 if scheduled is not None or self._engine.num_in_flight else IDLE_WAIT_S
+            while self._engine.num_in_flight:  # they still use the memory that `close` gives back
+                self._engine.collect()
             self._fail(RuntimeError("the LLM was closed"))
         except Exception as error:  # the thread's one guard: whoever waits for a token must hear of it
             self._fail(error)

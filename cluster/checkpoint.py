@@ -4,14 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.spec import Load
 from cluster.spec_errors import SpecError
 from engine.model_config import ModelConfig, load_model_config
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # no pickled weights, no code
+TEXT_FILES = ["*.json", "*.jinja", "*.model"]
+FILES: dict[Load, list[str]] = {
+    "auto": [*TEXT_FILES, "*.safetensors"],
+    "dummy": TEXT_FILES,
+}  # no pickled weights, no code
 
 
-def resolve_model(model: str) -> Path:
-    """The checkpoint's directory. Raises SpecError when there is none and the hub does not give one."""
+def resolve_model(model: str, load: Load = "auto") -> Path:
+    """The checkpoint's directory, with what `load` needs. Raises SpecError when neither disk nor hub has it."""
     if not model:
         raise SpecError(["model: '' is empty; needed: a checkpoint directory or a hub id"])
     path = Path(model).expanduser()
@@ -21,7 +26,7 @@ def resolve_model(model: str) -> Path:
         return path.resolve()
     if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1:
         raise SpecError([f"model: {model!r} is not a directory; needed: a checkpoint directory or a hub id"])
-    return _download(model)
+    return _download(model, FILES[load])
 
 
 @contextmanager
@@ -33,19 +38,19 @@ def spec_errors(field: str = "model") -> Iterator[None]:
         raise SpecError([f"{field}: {error}"]) from error
 
 
-def model_config(model: str) -> ModelConfig:
+def model_config(model: str, load: Load = "auto") -> ModelConfig:
     """What config.json says. Raises SpecError, naming an architecture that is not supported and those that are."""
     with spec_errors():
-        return load_model_config(resolve_model(model))
+        return load_model_config(resolve_model(model, load))
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: list[str]) -> Path:
     from httpx import HTTPError  # here, for a local checkpoint needs neither
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=FILES))
+        return Path(snapshot_download(model, allow_patterns=files))
     except HFValidationError:
         reason = "is neither a directory nor a valid hub id"
     except LocalEntryNotFoundError:

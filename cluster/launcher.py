@@ -21,11 +21,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from cluster.addresses import free_port, loopback_host
 from cluster.checkpoint import model_config, resolve_model
 from cluster.credentials import read_api_key, read_token
+from cluster.devices import GPU_MEMORY_FRACTION, visible_gpus, workers_per_gpu
 from cluster.process import Command, ending, last_lines
 from cluster.registry.file_store import clear_leases
 from cluster.registry.open import lease_directory, open_registry
 from cluster.run_dir import locked, prepare_run_dir, with_run_dir
-from cluster.spec import ClusterSpec, Role, threads_per_worker, worker_id
+from cluster.spec import ROLES, ClusterSpec, Role, threads_per_worker, worker_id
 from cluster.spec_errors import SpecError
 from cluster.spec_file import save_spec
 from cluster.supervisor import GRACE_S, ClusterFailed, Ended, Supervisor
@@ -35,7 +36,6 @@ START_TIMEOUT_S = 1800.0  # loading a large checkpoint from a slow disk
 READY_INTERVAL_S = 0.1
 SPEC_NAME = "spec-in-effect.yaml"
 PROGRAM = (sys.executable, "-m", "baton")
-ROLES: tuple[Role, Role] = ("prefill", "decode")
 
 
 def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpec:
@@ -52,15 +52,46 @@ def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpe
         router = spec.router.model_copy(update={"port": free_port(spec.router.host)})
         spec = spec.model_copy(update={"router": router})
     # Before any process starts, so that a hub id is downloaded once and a wrong one is refused at once.
-    model = {"model": str(resolve_model(spec.model)), "served_model_name": spec.public_model_name}
+    model = {"model": str(resolve_model(spec.model, spec.load)), "served_model_name": spec.public_model_name}
     spec = spec.model_copy(update=model)
     if spec.engine == "torch":
-        positions = model_config(spec.model).max_position_embeddings
+        positions = model_config(spec.model, spec.load).max_position_embeddings
         if (spec.max_model_len or 0) > positions:
             raise SpecError(
                 [f"max_model_len: {spec.max_model_len} is not allowed with this model; allowed: at most {positions}"]
             )
-    return with_run_dir(spec, environ)
+    return with_run_dir(_with_gpus_shared(spec, visible_gpus(environ)), environ)
+
+
+def _with_gpus_shared(spec: ClusterSpec, gpus: Sequence[str]) -> ClusterSpec:
+    """The spec with each worker's share of its GPU, which a worker cannot know by itself. Raises SpecError."""
+    names = _gpu_workers(spec)
+    if not names:
+        return spec
+    fraction = spec.gpu_memory_fraction or round(GPU_MEMORY_FRACTION / workers_per_gpu(len(names), gpus), 4)
+    spec = spec.model_copy(update={"gpu_memory_fraction": fraction})
+    taken: dict[str, float] = {}
+    for name, gpu in gpu_of_worker(spec, gpus).items():
+        taken[gpu] = taken.get(gpu, 0.0) + (spec.pool(names[name]).gpu_memory_fraction or fraction)
+    for gpu, share in taken.items():
+        if share > 1:
+            raise SpecError([f"gpu_memory_fraction: {share:.2f} in all for the workers on GPU {gpu}; allowed: up to 1"])
+    return spec
+
+
+def _gpu_workers(spec: ClusterSpec) -> dict[str, Role]:
+    """Names of the workers that compute on GPUs where there are some, with their roles."""
+    return {
+        worker_id(role, index): role
+        for role in ROLES
+        if "cuda" in spec.possible_devices(role)
+        for index in range(spec.pool(role).replicas)
+    }
+
+
+def gpu_of_worker(spec: ClusterSpec, gpus: Sequence[str]) -> dict[str, str]:
+    """Worker k gets GPU k modulo their number; nobody gets one where none is known."""
+    return {name: gpus[k % len(gpus)] for k, name in enumerate(_gpu_workers(spec)) if gpus}
 
 
 def router_url(spec: ClusterSpec) -> str:
@@ -74,11 +105,14 @@ def commands(
 ) -> list[Command]:
     """The processes of a cluster, router first."""
     num_cores = len(os.sched_getaffinity(0))
+    gpus = gpu_of_worker(spec, visible_gpus(environ))
 
     def command(name: str, role: str, index: int, threads: int) -> Command:
         argv = (*program, role, "--spec", str(spec_path), "--index", str(index))
         # The libraries below torch read this once, when they are loaded.
         settings = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        if name in gpus:
+            settings["CUDA_VISIBLE_DEVICES"] = gpus[name]
         return Command(name, argv, {**environ, **settings}, spec_path.parent / "logs" / f"{name}.log")
 
     workers = [

@@ -6,7 +6,7 @@ a working cluster on one machine. A value of None in a pool means: what the top 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NewType, Self, TypeVar
@@ -23,11 +23,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from cluster.devices import Device, FoundDevice, kv_bytes, step_limits
 from cluster.spec_errors import FIELDS_TOGETHER
 from engine.auth import is_loopback
 
 Role = Literal["prefill", "decode"]
 WorkerId = NewType("WorkerId", str)
+ROLES: tuple[Role, Role] = ("prefill", "decode")
 
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 SIZE_PATTERN = r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB|TiB)?$"
@@ -79,7 +81,12 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Engine = Literal["torch", "simulated"]
+KvDtype = Literal["auto", "fp8"]
+Load = Literal["auto", "dummy"]
+Transport = Literal["auto", "shared_memory", "tcp", "cuda_ipc", "nccl"]
+TRANSPORT_DEVICES: Mapping[str, FoundDevice] = {"shared_memory": "cpu", "cuda_ipc": "cuda", "nccl": "cuda"}
 
 
 class Section(BaseModel):
@@ -87,13 +94,21 @@ class Section(BaseModel):
 
 
 class SchedulerSpec(Section):
-    max_batch_tokens: Count = Field(512, description="tokens one step may compute, prefill and decode together")
-    max_num_seqs: Count = Field(64, description="sequences one worker runs at a time")
+    max_batch_tokens: Count | None = Field(
+        None, description="tokens one step may compute, prefill and decode together; null: 512 on a CPU, 8192 on a GPU"
+    )
+    max_num_seqs: Count | None = Field(
+        None, description="sequences one worker runs at a time; null: 64 on a CPU, 256 on a GPU"
+    )
 
 
 class KvCacheSpec(Section):
-    memory: Size = Field(1 << 30, description="host memory for KV blocks, per worker")
+    memory: Size | None = Field(
+        None,
+        description="memory for KV blocks, per worker; null: 1GiB on a CPU, on a GPU what gpu_memory_fraction leaves",
+    )
     num_blocks: Count | None = Field(None, description="number of blocks; overrides memory")
+    dtype: KvDtype = Field("auto", description="auto: the dtype the model computes in; fp8 (e4m3): half the memory")
 
 
 class PoolSpec(Section):
@@ -102,9 +117,11 @@ class PoolSpec(Section):
         None, description="CPU threads of each worker; null: this machine's cores shared among its workers"
     )
     engine: Engine | None = Field(None, description="overrides engine")
+    device: Device | None = Field(None, description="overrides device")
+    gpu_memory_fraction: Fraction | None = Field(None, description="overrides gpu_memory_fraction")
     block_size: BlockSize | None = Field(None, description="overrides block_size")
     scheduler: SchedulerSpec | None = Field(None, description="overrides the fields of scheduler it names")
-    kv_cache: KvCacheSpec | None = Field(None, description="replaces kv_cache")
+    kv_cache: KvCacheSpec | None = Field(None, description="overrides kv_cache; memory or num_blocks replaces both")
     host: Host | None = Field(None, description="address its ports bind to; null: security.bind_host")
     port: Port = Field(0, description="gRPC port; 0: any free one")
 
@@ -125,8 +142,9 @@ class RouterSpec(Section):
 
 
 class TransferSpec(Section):
-    transport: Literal["auto", "shared_memory", "tcp"] = Field(
-        "auto", description="how KV bytes travel; auto: shared memory on one host, else TCP"
+    transport: Transport = Field(
+        "auto",
+        description="how KV travels; auto: shared memory or CUDA IPC on one host, else NCCL between GPUs, else TCP",
     )
     lease_s: Seconds = Field(30, description="how long a prefill worker keeps offered blocks without a renewal")
     silence_s: Seconds = Field(2, description="a link is lost after this long without a message")
@@ -158,7 +176,15 @@ class ClusterSpec(Section):
     )
     served_model_name: str | None = Field(None, min_length=1, description="name in the API; null: from model")
     engine: Engine = Field("torch", description="what computes; simulated: a timing model in place of the math")
+    device: Device = Field("auto", description="where workers compute; auto: on a GPU where PyTorch sees one")
+    load: Load = Field("auto", description="auto: the checkpoint's weights; dummy: random ones, config.json is enough")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
+    quantization: Literal["fp8"] | None = Field(
+        None, description="fp8 (e4m3): weights are quantized while loading; null: as the checkpoint is"
+    )
+    gpu_memory_fraction: Fraction | None = Field(
+        None, description="share of a GPU's memory one worker may use; null: 0.9 shared among the GPU's workers"
+    )
     max_model_len: Count | None = Field(None, description="longest prompt plus output; null: the model's own limit")
     block_size: BlockSize = Field(16, description="tokens in a KV block")
     scheduler: SchedulerSpec = Field(SchedulerSpec(), description="limits of one step")
@@ -192,20 +218,35 @@ class ClusterSpec(Section):
             return self.served_model_name
         return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
-    def pool(self, role: Role) -> "PoolSettings":
-        """The pool with everything it inherits filled in."""
+    def pool(self, role: Role, auto: FoundDevice = "cpu") -> "PoolSettings":
+        """The pool with everything it inherits filled in. `auto` is what device `auto` turns out to be."""
         pool = self.prefill if role == "prefill" else self.decode
+        engine = pool.engine or self.engine
+        device = pool.device or self.device
+        found: FoundDevice = "cpu" if engine == "simulated" else auto if device == "auto" else device
+        steps = _overridden(self.scheduler, pool.scheduler)
+        max_batch_tokens, max_num_seqs = step_limits(found, steps.max_batch_tokens, steps.max_num_seqs)
+        kv_cache = _kv_cache(self.kv_cache, pool.kv_cache)
         return PoolSettings(
             role=role,
             replicas=pool.replicas,
             threads=pool.threads,
-            engine=pool.engine or self.engine,
+            engine=engine,
+            device=found,
+            gpu_memory_fraction=pool.gpu_memory_fraction or self.gpu_memory_fraction,
             block_size=pool.block_size or self.block_size,
-            scheduler=_overridden(self.scheduler, pool.scheduler),
-            kv_cache=pool.kv_cache or self.kv_cache,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            kv_memory=kv_bytes(found, kv_cache.memory),
+            num_blocks=kv_cache.num_blocks,
+            kv_dtype=kv_cache.dtype,
             host=pool.host or self.security.bind_host,
             port=pool.port,
         )
+
+    def possible_devices(self, role: Role) -> set[FoundDevice]:
+        """Where the workers of a pool may compute, as far as the spec tells."""
+        return {self.pool(role, "cpu").device, self.pool(role, "cuda").device}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +257,14 @@ class PoolSettings:
     replicas: int
     threads: int | None
     engine: Engine
+    device: FoundDevice
+    gpu_memory_fraction: float | None  # None: the worker has its GPU for itself
     block_size: int
-    scheduler: SchedulerSpec
-    kv_cache: KvCacheSpec
+    max_batch_tokens: int
+    max_num_seqs: int
+    kv_memory: int | None  # bytes; None: what the GPU has left
+    num_blocks: int | None  # overrides kv_memory
+    kv_dtype: KvDtype
     host: str
     port: int
 
@@ -230,6 +276,13 @@ def _overridden(base: SomeSection, override: SomeSection | None) -> SomeSection:
     if override is None:
         return base
     return base.model_copy(update={field: getattr(override, field) for field in override.model_fields_set})
+
+
+def _kv_cache(base: KvCacheSpec, override: KvCacheSpec | None) -> KvCacheSpec:
+    """A size in one unit takes the place of a size in the other."""
+    if override and override.model_fields_set & {"memory", "num_blocks"}:
+        base = base.model_copy(update={"memory": None, "num_blocks": None})
+    return _overridden(base, override)
 
 
 def worker_id(role: Role, index: int) -> WorkerId:
@@ -247,14 +300,12 @@ def check_together(spec: ClusterSpec) -> Iterator[str]:
     """Problems that no field has alone, one line each."""
     if spec.decode.replicas < 1:
         yield "decode.replicas: 0 is not allowed: every answer comes from a decode worker; allowed: at least 1"
-    pools = [spec.pool("prefill"), spec.pool("decode")]
-    if len({pool.engine for pool in pools}) > 1:
-        yield (
-            f"prefill.engine: {pools[0].engine!r} is not allowed beside decode.engine {pools[1].engine!r}, "
-            "for neither can use the other's KV; allowed: the same engine in both pools"
-        )
-    for pool in pools:
+    yield from _check_alike(spec.pool("prefill"), spec.pool("decode"))
+    for role in ROLES:
+        pool = spec.pool(role)
         yield from _check_pool(spec, pool)
+        if len(spec.possible_devices(role)) == 1:
+            yield from check_device(spec, pool)
     if spec.transfer.lease_s <= spec.transfer.silence_s:
         yield (
             f"transfer.lease_s: {spec.transfer.lease_s} is not allowed: a lease must outlast a silent link; "
@@ -262,12 +313,36 @@ def check_together(spec: ClusterSpec) -> Iterator[str]:
         )
 
 
-def _check_pool(spec: ClusterSpec, pool: PoolSettings) -> Iterator[str]:
-    steps, blocks = pool.scheduler, pool.kv_cache.num_blocks
-    if steps.max_num_seqs > steps.max_batch_tokens:
+def check_device(spec: ClusterSpec, pool: PoolSettings) -> Iterator[str]:
+    """Problems of the pool on the device it has; a worker looks again when it has found out what `auto` is."""
+    transport = spec.transfer.transport
+    needed = TRANSPORT_DEVICES.get(transport, pool.device)
+    if needed != pool.device:
         yield (
-            f"{pool.role}: scheduler.max_num_seqs {steps.max_num_seqs} is not allowed: each running sequence needs a "
-            f"token in every step; allowed: at most scheduler.max_batch_tokens, which is {steps.max_batch_tokens}"
+            f"transfer.transport: {transport!r} is not allowed where {pool.role} workers compute on device "
+            f"{pool.device}; allowed: auto, tcp, or one for {pool.device}"
+        )
+    if pool.device == "cpu" and pool.engine == "torch" and pool.kv_dtype == "fp8":
+        yield f"{pool.role}: kv_cache.dtype 'fp8' is not allowed on device cpu; allowed: auto, or device cuda"
+
+
+def _check_alike(prefill: PoolSettings, decode: PoolSettings) -> Iterator[str]:
+    """What both pools must have in common, for a decode worker goes on with a prefill worker's KV."""
+    fields = (("engine", prefill.engine, decode.engine), ("kv_cache.dtype", prefill.kv_dtype, decode.kv_dtype))
+    for name, ours, theirs in fields:
+        if ours != theirs:
+            yield (
+                f"prefill.{name}: {ours!r} is not allowed beside decode.{name} {theirs!r}, "
+                f"for neither can use the other's KV; allowed: the same {name} in both pools"
+            )
+
+
+def _check_pool(spec: ClusterSpec, pool: PoolSettings) -> Iterator[str]:
+    blocks = pool.num_blocks
+    if pool.max_num_seqs > pool.max_batch_tokens:
+        yield (
+            f"{pool.role}: scheduler.max_num_seqs {pool.max_num_seqs} is not allowed: each running sequence needs a "
+            f"token in every step; allowed: at most scheduler.max_batch_tokens, which is {pool.max_batch_tokens}"
         )
     if spec.max_model_len and blocks and blocks * pool.block_size < spec.max_model_len:
         yield (

@@ -75,6 +75,8 @@ def _allowed_value(field: Mapping[str, Any]) -> str:
         return str(field["x-allowed"])
     if "enum" in field:
         return "one of " + ", ".join(map(str, field["enum"]))
+    if "const" in field:
+        return str(field["const"])
     kind = field.get("type")
     if kind in ("integer", "number"):
         return ("a whole number" if kind == "integer" else "a number") + _bounds(field)

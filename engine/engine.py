@@ -1,22 +1,30 @@
 """The synchronous engine that both roles and the colocated library compose: requests in, tokens out.
 
 Owns the sequences, the scheduler and the KV cache of one worker, and drives its executor. All calls come from one
-thread; the loop is `schedule`, then `run`. A request is known from `submit` or `resume` until its last token,
-`cancel` or `detach`; its blocks are given back in each of these, except that `detach` passes them on.
+thread; the loop is `schedule`, `start`, `collect`, and with an executor that allows it a step is started before the
+one before it is collected. A request is known from `submit` or `resume` until its last token, `cancel` or `detach`;
+its blocks are given back in each of these, except that `detach` passes them on.
+
+Invariant: a block that a step in flight may read or write is not free before that step is collected. So whatever
+sequences give back while steps are in flight goes back with the last of them. An end token is found one step late:
+the step in flight computes a token too many for that sequence, which nobody sees.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.errors import InvalidRequest
-from engine.executors.base import Batch, Chunk, Executor, Sampled, TokenLogprobs
+from engine.executors.base import Batch, Chunk, Executor, PendingStep, Sampled, TokenLogprobs
 from engine.kv.block_hash import block_hashes, chain_seed
 from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import SEED_MASK, FinishReason, Request, RequestId
 from engine.scheduler import Plan, Scheduler, SchedulerConfig
 from engine.sequence import Sequence as Running
+
+PENDING = (0,)  # stands for a token that only the device knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,14 @@ class Scheduled:
 
 
 @dataclass(frozen=True, slots=True)
+class _InFlight:
+    step: PendingStep
+    chunks: Sequence[Chunk]
+    sequences: Sequence[Running]
+    released: list[BlockId] = field(default_factory=list)  # to be given back when the step has ended
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     num_running: int
     num_waiting: int
@@ -62,13 +78,24 @@ class Engine:
         self.max_len = min(executor.max_model_len, self.kv.num_blocks * self.kv.block_size)
         self._scheduler = Scheduler(config, self.kv)
         self._sequences: dict[RequestId, Running] = {}
+        self._in_flight: deque[_InFlight] = deque()
         self._arrivals = itertools.count()
         self._secret = secret
         self._model = model
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences or self._in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps started and not collected."""
+        return len(self._in_flight)
+
+    @property
+    def can_start(self) -> bool:
+        """There is room for one more step in flight."""
+        return len(self._in_flight) < self.executor.max_in_flight
 
     @property
     def short_of_blocks(self) -> bool:
@@ -99,10 +126,10 @@ class Engine:
         """Of the full blocks of its tokens."""
         return block_hashes(request.token_ids, self.kv.block_size, self._hash_seed(request))
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequest."""
+    def submit(self, request: Request, *, decodes: bool = True) -> None:
+        """Queue a request; with `decodes` False the caller detaches it at its first token. Raises InvalidRequest."""
         self.check(request)
-        self._scheduler.add(self._enter(request))
+        self._scheduler.add(self._enter(request, decodes))
 
     def resume(self, request: Request, block_ids: list[BlockId]) -> None:
         """Go on with a request whose KV is in `block_ids`, except that of its last token.
@@ -111,32 +138,36 @@ class Engine:
         """
         num_computed = len(request.token_ids) - 1
         assert len(block_ids) == -(-num_computed // self.kv.block_size), (num_computed, block_ids)
-        sequence = self._enter(request)
+        sequence = self._enter(request, decodes=True)
         sequence.block_ids = list(block_ids)
         sequence.num_computed_tokens = num_computed
-        self._store(sequence)
+        self._store(sequence, num_computed)
         self._scheduler.join(sequence)
 
     def cancel(self, request_id: RequestId) -> bool:
         """Forget a request in any state. False when it is not known (any more)."""
         if request_id not in self._sequences:
             return False
-        self.kv.release(self._leave(request_id))
+        self._release(self._leave(request_id))
         return True
 
     def detach(self, request_id: RequestId) -> list[BlockId]:
-        """Forget a request; the references to its blocks become the caller's. Full ones are in the prefix cache."""
+        """Forget a request; the references to its blocks become the caller's. Full ones are in the prefix cache.
+
+        Not while a step in flight computes for it.
+        """
         return self._leave(request_id)
 
     def schedule(self) -> Scheduled | None:
-        """Plan the next step; None when nothing can run now."""
-        plan = self._scheduler.plan()
+        """Plan the next step; None when nothing can run now, or not before a step in flight is collected."""
+        plan = self._scheduler.plan(in_flight=bool(self._in_flight))
         if not plan.work:
             return None
         return _scheduled(plan)
 
-    def run(self, scheduled: Scheduled, on_group_done: Callable[[int], None] | None = None) -> list[TokenOutput]:
-        """Compute a step just scheduled. Requests cancelled since then are left out."""
+    def start(self, scheduled: Scheduled, on_group_done: Callable[[int], None] | None = None) -> None:
+        """Start a step just scheduled. Requests cancelled since then are left out. Asks for `can_start`."""
+        assert self.can_start, len(self._in_flight)
         chunks, sequences = scheduled.batch.chunks, scheduled.sequences
         batch = scheduled.batch
         if not all(sequence.running for sequence in sequences):
@@ -144,18 +175,41 @@ class Engine:
             chunks = [chunk for chunk, each in zip(chunks, scheduled.sequences, strict=True) if each.running]
             batch = Batch(chunks)
         if not sequences:
+            return
+        step = self.executor.submit(batch, on_group_done)
+        self._in_flight.append(_InFlight(step, chunks, sequences))
+        for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
+            sequence.num_computed_tokens = chunk.end
+            if chunk.sample is not None:
+                sequence.num_pending += 1
+                sequence.pending_row = row
+
+    def collect(self) -> list[TokenOutput]:
+        """Wait for the oldest step in flight and take its tokens. Nothing when there is none."""
+        if not self._in_flight:
             return []
-        result = self.executor.step(batch, on_group_done)
+        oldest = self._in_flight[0]
+        result = oldest.step.result()
         outputs: list[TokenOutput] = []
         for sequence, chunk, sampled, logprobs in zip(
-            sequences, chunks, result.sampled, result.prompt_logprobs, strict=True
+            oldest.sequences, oldest.chunks, result.sampled, result.prompt_logprobs, strict=True
         ):
+            if not sequence.running:  # it has left since
+                continue
             self._advance(sequence, chunk)
             if logprobs is not None:
                 sequence.prompt_logprobs.extend(logprobs)
             if sampled is not None:
                 outputs.append(self._take(sequence, sampled))
+        self._in_flight.popleft()
+        self.kv.release(oldest.released)
         return outputs
+
+    def run(self, scheduled: Scheduled, on_group_done: Callable[[int], None] | None = None) -> list[TokenOutput]:
+        """`start` and `collect` of a step just scheduled, with none in flight."""
+        assert not self._in_flight, len(self._in_flight)
+        self.start(scheduled, on_group_done)
+        return self.collect()
 
     def load(self) -> EngineLoad:
         running = self._scheduler.running
@@ -177,9 +231,10 @@ class Engine:
         assert len(scheduler.running) + len(scheduler.waiting) == len(self._sequences)
         assert scheduler.num_waiting_tokens == sum(sequence.num_tokens for sequence in scheduler.waiting)
         held = (block for sequence in self._sequences.values() for block in sequence.block_ids)
-        self.kv.check_invariants(itertools.chain(held, others))
+        late = (block for step in self._in_flight for block in step.released)
+        self.kv.check_invariants(itertools.chain(held, late, others))
 
-    def _enter(self, request: Request) -> Running:
+    def _enter(self, request: Request, decodes: bool) -> Running:
         assert request.id not in self._sequences, request.id
         sequence = self._sequences[request.id] = Running(
             request,
@@ -188,6 +243,7 @@ class Engine:
             hashes=self.hashes(request),
             eos_token_ids=self.executor.eos_token_ids,
             max_len=self.max_len,
+            decodes=decodes,
         )
         return sequence
 
@@ -199,23 +255,29 @@ class Engine:
     def _advance(self, sequence: Running, chunk: Chunk) -> None:
         """The KV of `chunk` is computed."""
         block_size = self.kv.block_size
-        end = chunk.start + len(chunk.token_ids)
-        sequence.num_computed_tokens = end
-        if end // block_size > chunk.start // block_size:
-            self._store(sequence)
+        if chunk.end // block_size > chunk.start // block_size:
+            self._store(sequence, chunk.end)
 
     def _take(self, sequence: Running, sampled: Sampled) -> TokenOutput:
         request_id = sequence.request.id
         index = sequence.num_output_tokens
-        prompt_logprobs = sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None
+        wanted = index == 0 and sequence.request.params.prompt_logprobs is not None
+        prompt_logprobs = sequence.prompt_logprobs if wanted else None
         reason = sequence.append(sampled.token_id)
         if reason is not None:
-            self.kv.release(self._leave(request_id))
+            self._release(self._leave(request_id))
         return TokenOutput(request_id, index, sampled.token_id, sampled.logprobs, prompt_logprobs, reason)
 
-    def _store(self, sequence: Running) -> None:
-        sequence.extend_hashes(self.kv.block_size)
-        self.kv.store(sequence.token_ids, sequence.hashes, sequence.block_ids, sequence.num_computed_tokens)
+    def _store(self, sequence: Running, num_tokens: int) -> None:
+        sequence.extend_hashes(self.kv.block_size, num_tokens)
+        self._release(self.kv.store(sequence.token_ids, sequence.hashes, sequence.block_ids, num_tokens))
+
+    def _release(self, block_ids: list[BlockId]) -> None:
+        """Of sequences: steps in flight may still use the blocks."""
+        if self._in_flight:
+            self._in_flight[-1].released.extend(block_ids)
+        else:
+            self.kv.release(block_ids)
 
     def _hash_seed(self, request: Request) -> int:
         return chain_seed(self._secret, self._model, request.adapter, request.cache_salt)
@@ -231,11 +293,13 @@ def _scheduled(plan: Plan) -> Scheduled:
 
 
 def _chunk(sequence: Running, num_tokens: int) -> Chunk:
-    """The block ids and the sample spec are the sequence's own, valid until the step has run."""
+    """The block ids and the sample spec are the sequence's own, valid until the step is submitted."""
     start = sequence.num_computed_tokens
     end = start + num_tokens
+    spec = sequence.sample_spec if end == sequence.num_tokens else None
+    if end > len(sequence.token_ids):  # the token is still being computed
+        return Chunk(sequence.request.id, PENDING, start, sequence.block_ids, spec, follows=sequence.pending_row)
     token_ids = sequence.token_ids[start:end]
-    spec = sequence.sample_spec if end == len(sequence.token_ids) else None
     if not sequence.wants_prompt_logprobs:
         return Chunk(sequence.request.id, token_ids, start, sequence.block_ids, spec)
     return Chunk(

@@ -1,4 +1,7 @@
-"""The loop of a worker's engine thread, the same in both roles: receive, schedule, run, publish.
+"""The loop of a worker's engine thread, the same in both roles: receive, schedule, start, collect, publish.
+
+With an executor that allows two steps in flight, the next one is planned and started while the device computes the
+one before it, whose tokens are then collected and published while the next one runs.
 
 What differs between prefill and decode comes in as a `Role`. The loop owns the order of things, deadlines, load and
 progress; the engine, the clients and the role are touched by its thread only. Other threads post to the inbox, ask
@@ -78,6 +81,7 @@ class WorkerLoop(Generic[C]):
         self._draining = False
         self._turn = 0
         self._progress = 0
+        self._step_began = 0.0
         self._last_step_s = 0.0
         self._load = pb.Load(num_free_blocks=engine.kv.num_free)
 
@@ -111,9 +115,11 @@ class WorkerLoop(Generic[C]):
             self._role.before_schedule()
             scheduled = self.engine.schedule()
             if scheduled is not None:
-                self._run(scheduled)
+                self._start(scheduled)
+            if scheduled is None or not self.engine.can_start:
+                self._collect()
             self._publish()
-            wait = IDLE_WAIT_S if scheduled is None else 0.0
+            wait = 0.0 if scheduled is not None or self.engine.num_in_flight else IDLE_WAIT_S
 
     def _receive(self, command: SessionCommand | Drain | C) -> None:
         match command:
@@ -145,9 +151,11 @@ class WorkerLoop(Generic[C]):
         self._role.abort(request_id)
         self.clients.fail(request_id, reason, retryable=True)
 
-    def _run(self, scheduled: Scheduled) -> None:
-        began = self._clock()
-        self._role.before_run(scheduled, began)
+    def _start(self, scheduled: Scheduled) -> None:
+        now = self._clock()
+        if not self.engine.num_in_flight:
+            self._step_began = now
+        self._role.before_run(scheduled, now)
         if scheduled.started or scheduled.preempted:
             self._publish()  # offers leave now, so that the first chunk's KV moves while it is computed
         else:
@@ -157,12 +165,18 @@ class WorkerLoop(Generic[C]):
             self._progress += 1
             self._role.group_done(scheduled, group)
 
-        tokens = self.engine.run(scheduled, group_done)
+        self.engine.start(scheduled, group_done)
+
+    def _collect(self) -> None:
+        if not self.engine.num_in_flight:
+            return
+        tokens = self.engine.collect()
         now = self._clock()
         for token in tokens:
             self.clients.say_token(token)
             self._role.token(token, now)
-        self._last_step_s = now - began
+        self._last_step_s = now - self._step_began
+        self._step_began = now
 
     def _publish(self) -> None:
         self._load = self._measure()

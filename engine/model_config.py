@@ -7,14 +7,15 @@ older field names (`torch_dtype`, `rope_theta`, `rope_scaling`) and those of tra
 `rope_parameters`) are read.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-MAX_CONFIG_BYTES = 4 << 20
+from engine.config_fields import MAX_CONFIG_BYTES, ConfigFields, read_json_object
+from engine.quantization import FP8_AT_LOAD, Quantization, parse_quantization
+
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -103,79 +104,35 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-
-
-class ConfigFields:
-    """Typed, bounded reads of a JSON object; errors name the file, the field and the value."""
-
-    def __init__(self, source: str, values: Mapping[str, Any]) -> None:
-        self.source = source
-        self.values = values
-
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def refuse(self, name: str, wanted: str) -> ValueError:
-        return ValueError(f"{self.source}: {name} must be {wanted}, not {self.values.get(name)!r:.80}")
-
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.refuse(name, f"an integer between {low} and {high}")
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self.refuse(name, f"a number between {low:g} and {high:g}")
-        return float(value)
-
-    def optional_number(self, name: str, low: float, high: float) -> float | None:
-        return self.number(name, low, high) if self.has(name) else None
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.refuse(name, "true or false")
-        return value
-
-    def choice(self, name: str, allowed: Sequence[str], default: str) -> str:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if value not in allowed:
-            raise self.refuse(name, f"one of {', '.join(allowed)}")
-        return str(value)
+    quantization: Quantization | None
 
 
 def load_model_config(path: Path) -> ModelConfig:
-    """Read `path`/config.json and, where present, generation_config.json. Raises ValueError."""
+    """Read `path`/config.json and, where present, generation_config.json and hf_quant_config.json.
+
+    Raises ValueError.
+    """
     config = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
-    generation: Mapping[str, Any] = {}
-    if (path / "generation_config.json").exists():
-        generation = read_json_object(path / "generation_config.json", MAX_CONFIG_BYTES)
-    return parse_model_config(config, generation)
+    generation, quantization = (
+        read_json_object(path / name, MAX_CONFIG_BYTES) if (path / name).exists() else {}
+        for name in ("generation_config.json", "hf_quant_config.json")
+    )
+    return parse_model_config(config, generation, quantization)
 
 
-def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `max_bytes`. Raises ValueError naming the file."""
-    try:
-        if path.stat().st_size > max_bytes:
-            raise ValueError(f"{path.name} is larger than {max_bytes} bytes")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} holds no {path.name}: it is not a Hugging Face checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} must hold a JSON object")
-    return value
+def with_quantization(config: ModelConfig, asked: str | None) -> ModelConfig:
+    """The model as it is to be loaded. `asked` "fp8" quantizes a checkpoint that is not quantized; None: as it is."""
+    if asked not in (None, "fp8"):
+        raise ValueError(f"quantization must be fp8 or absent, not {asked!r:.80}")
+    if asked is None or config.quantization is not None:
+        return config
+    return replace(config, quantization=FP8_AT_LOAD)
 
 
-def parse_model_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    """The same from parsed files; `generation` may be empty."""
+def parse_model_config(
+    config: Mapping[str, Any], generation: Mapping[str, Any], quantization: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The same from parsed files; `generation` and `quantization` may be empty."""
     architecture, family = _family(config)
     fields = ConfigFields("config.json", {**family.defaults, **config})
     _refuse_unsupported_options(fields)
@@ -221,6 +178,7 @@ def parse_model_config(config: Mapping[str, Any], generation: Mapping[str, Any])
         qkv_bias=family.has_qkv_bias or attention_bias,
         output_bias=attention_bias and not family.has_qkv_bias,
         mlp_bias=fields.flag("mlp_bias", False),
+        quantization=parse_quantization(fields, quantization or {}),
     )
 
 
@@ -234,9 +192,8 @@ def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
 
 
 def _refuse_unsupported_options(fields: ConfigFields) -> None:
-    for name in ("quantization_config", "use_bidirectional_attention"):
-        if fields.values.get(name):
-            raise ValueError(f"config.json: {name} is set, and that is not supported")
+    if fields.values.get("use_bidirectional_attention"):
+        raise ValueError("config.json: use_bidirectional_attention is set, and that is not supported")
 
 
 def _dtype(fields: ConfigFields) -> str:

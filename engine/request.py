@@ -56,6 +56,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def greedy(self) -> bool:
         return self.temperature == 0.0 or self.top_k == 1
 
+    @property
+    def has_penalties(self) -> bool:
+        """Sampling depends on the tokens before."""
+        return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
     def check(self, vocab_size: int) -> None:
         """Raise InvalidRequest naming the first field outside its range."""
         for name, value, low, high in (

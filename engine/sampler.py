@@ -1,9 +1,10 @@
 """From logits to tokens: a function of (logits, params, seed, position), never of batch mates or worker.
 
-Executors call it with the logits of the rows that sample. Order, as in vLLM: log probabilities of the model's own
-distribution; banned tokens and logit_bias; repetition, presence and frequency penalties; temperature; min_p; top_k;
-top_p; the draw. A filter keeps every token that ties with the last one kept, so its result does not depend on how
-a device sorts.
+Executors call it with the logits of the rows that sample. Nothing here waits for a GPU before `Choice.read`.
+
+Order, as in vLLM: log probabilities of the model's own distribution; banned tokens and logit_bias; repetition,
+presence and frequency penalties; temperature; min_p; top_k; top_p; the draw. A filter keeps every token that ties
+with the last one kept, so its result does not depend on how a device sorts.
 
 The draw is the inverse of the cumulative distribution in vocabulary order at a number hashed from seed and position.
 Weights are whole numbers there: their sum is exact in any order, hence the same on every device and in every batch.
@@ -11,6 +12,7 @@ Weights are whole numbers there: their sum is exact in any order, hence the same
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -20,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 
 from engine.executors.base import Sampled, SampleSpec, TokenLogprobs
 from engine.request import SamplingParams
+from engine.tensors import to_device, to_host
 
 WEIGHT_BITS = 44  # of the most likely token; 2**18 of them still fit into 63 bits
 NUCLEUS_SIZE = 1024  # most likely tokens to look among before a whole row is sorted
@@ -27,29 +30,60 @@ MIN_TEMPERATURE = 1e-30  # what is smaller may be zero in float32
 LOGPROB_ROWS = 32  # prompt positions at a time: bounds the memory for a large vocabulary
 
 
-def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-    """Choose the next token of every row of `logits` [num_rows, vocab]; `logits` is left as it is."""
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of one token a row, and of the most likely alternatives. `top_ids` and `top` are empty where none is wanted."""
+
+    chosen: Tensor  # [rows]
+    top_ids: Tensor  # [rows, most]
+    top: Tensor  # [rows, most]
+    num_top: Sequence[int]
+
+    def read(self, token_ids: Sequence[int]) -> list[TokenLogprobs]:
+        rows = zip(token_ids, self.chosen.tolist(), self.num_top, self.top_ids.tolist(), self.top.tolist(), strict=True)
+        return [
+            TokenLogprobs(token_id, logprob, tuple(zip(ids[:num], values[:num], strict=True)))
+            for token_id, logprob, num, ids, values in rows
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tokens of one step's rows: `token_ids` [rows] on the device, the rest on its way to the host."""
+
+    token_ids: Tensor
+    host_token_ids: Tensor
+    logprob_rows: Sequence[int]
+    logprobs: Logprobs | None
+
+    def read(self) -> list[Sampled]:
+        """When the device has run what was queued."""
+        token_ids: list[int] = self.host_token_ids.tolist()
+        if self.logprobs is None:
+            return [Sampled(token_id) for token_id in token_ids]
+        rows = self.logprob_rows
+        found = dict(zip(rows, self.logprobs.read([token_ids[row] for row in rows]), strict=True))
+        return [Sampled(token_id, found.get(row)) for row, token_id in enumerate(token_ids)]
+
+
+def sample(logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> Choice:
+    """Choose the token at the position of every row of `logits` [rows, vocab], which is left as it is."""
     shaped = _penalize(logits, specs)
     random_rows = [row for row, spec in enumerate(specs) if not spec.params.greedy]
-    if not random_rows:
-        token_ids: list[int] = shaped.argmax(-1).tolist()
-    elif len(random_rows) == len(specs):
-        token_ids = _draw(shaped.float(), specs)
+    if len(random_rows) == len(specs):
+        token_ids = _draw(shaped.float(), specs, positions)
     else:
-        token_ids = shaped.argmax(-1).tolist()
-        drawn = _draw(shaped[random_rows].float(), [specs[row] for row in random_rows])
-        for row, token_id in zip(random_rows, drawn, strict=True):
-            token_ids[row] = token_id
-    rows = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
-    if not rows:
-        return [Sampled(token_id) for token_id in token_ids]
-    found = _logprobs(
-        logits[rows] if len(rows) < len(specs) else logits,
-        [token_ids[row] for row in rows],
-        [specs[row].params.logprobs or 0 for row in rows],
-    )
-    logprobs = dict(zip(rows, found, strict=True))
-    return [Sampled(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
+        token_ids = _argmax(shaped)
+        if random_rows:
+            rows = to_device(random_rows, logits.device)
+            some, where = [specs[row] for row in random_rows], [positions[row] for row in random_rows]
+            token_ids[rows] = _draw(shaped[rows].float(), some, where)
+    asking = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
+    logprobs = None
+    if asking:
+        rows = to_device(asking, logits.device)
+        logprobs = _logprobs(logits[rows], token_ids[rows], [specs[row].params.logprobs or 0 for row in asking])
+    return Choice(token_ids, to_host(token_ids), asking, logprobs)
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
@@ -57,7 +91,11 @@ def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], num_top: int)
     found: list[TokenLogprobs] = []
     for start in range(0, len(next_token_ids), LOGPROB_ROWS):
         token_ids = next_token_ids[start : start + LOGPROB_ROWS]
-        found += _logprobs(logits[start : start + len(token_ids)], token_ids, [num_top] * len(token_ids))
+        part = logits[start : start + len(token_ids)]
+        logprobs = _logprobs(part, to_device(token_ids, logits.device), [num_top] * len(token_ids))
+        if logits.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        found += logprobs.read(token_ids)
     return found
 
 
@@ -67,18 +105,11 @@ def uniform(seed: int, position: int) -> float:
     return (digest >> 11) * 2.0**-53
 
 
-def _logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+def _logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> Logprobs:
     logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, _column(token_ids, logits.device)).squeeze(1).tolist()
-    most = min(max(num_top), logits.shape[-1])
-    if most == 0:
-        return [TokenLogprobs(*pair) for pair in zip(token_ids, chosen, strict=True)]
-    top_ids = _most_likely(logprobs, most)
-    top = zip(top_ids.tolist(), logprobs.gather(1, top_ids).tolist(), strict=True)
-    return [
-        TokenLogprobs(token_id, logprob, tuple(zip(ids[:num], values[:num], strict=True)))
-        for token_id, logprob, num, (ids, values) in zip(token_ids, chosen, num_top, top, strict=True)
-    ]
+    chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    top_ids = _most_likely(logprobs, min(max(num_top), logits.shape[-1]))
+    return Logprobs(to_host(chosen), to_host(top_ids), to_host(logprobs.gather(1, top_ids)), num_top)
 
 
 def _most_likely(values: Tensor, num: int) -> Tensor:
@@ -89,6 +120,14 @@ def _most_likely(values: Tensor, num: int) -> Tensor:
     # Unique keys: without them top-k may pick any of equal values, depending on `num`.
     keys = (ordered.long() << 32) - columns
     return keys.topk(num, -1).indices
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    if logits.is_cuda:
+        from engine.kernels.argmax import argmax
+
+        return argmax(logits)
+    return logits.argmax(-1)
 
 
 def _penalize(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
@@ -104,14 +143,7 @@ def _penalize(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
 
 
 def _changes_logits(spec: SampleSpec) -> bool:
-    params = spec.params
-    return bool(
-        spec.banned_token_ids
-        or params.logit_bias
-        or params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-    )
+    return bool(spec.banned_token_ids or spec.params.logit_bias or spec.params.has_penalties)
 
 
 def _ban(logits: Tensor, specs: Sequence[SampleSpec]) -> None:
@@ -123,8 +155,8 @@ def _ban(logits: Tensor, specs: Sequence[SampleSpec]) -> None:
 def _bias(logits: Tensor, specs: Sequence[SampleSpec]) -> None:
     biases = [spec.params.logit_bias for spec in specs]
     if any(biases):
-        values = list(chain.from_iterable(bias.values() for bias in biases))
-        logits[_places([tuple(bias) for bias in biases], logits.device)] += torch.tensor(values, device=logits.device)
+        values = np.fromiter(chain.from_iterable(bias.values() for bias in biases), np.float32)
+        logits[_places([tuple(bias) for bias in biases], logits.device)] += to_device(values, logits.device)
 
 
 def _repetition(logits: Tensor, specs: Sequence[SampleSpec]) -> None:
@@ -132,7 +164,7 @@ def _repetition(logits: Tensor, specs: Sequence[SampleSpec]) -> None:
     seen = [spec.token_ids if spec.params.repetition_penalty != 1.0 else () for spec in specs]
     if any(map(len, seen)):
         places = _places(seen, logits.device)
-        penalty = torch.tensor([spec.params.repetition_penalty for spec in specs], device=logits.device)[places[0]]
+        penalty = _per_row(specs, lambda params: params.repetition_penalty, logits.device)[places[0], 0]
         values = logits[places]
         logits[places] = torch.where(values > 0, values / penalty, values * penalty)  # repeats write the same value
 
@@ -147,27 +179,38 @@ def _presence_and_frequency(logits: Tensor, specs: Sequence[SampleSpec]) -> None
     if any(counts):
         device = logits.device
         places = _places([tuple(count) for count in counts], device)
-        times = torch.tensor(list(chain.from_iterable(count.values() for count in counts)), device=device)
-        presence = torch.tensor([spec.params.presence_penalty for spec in specs], device=device)[places[0]]
-        frequency = torch.tensor([spec.params.frequency_penalty for spec in specs], device=device)[places[0]]
+        times = to_device(list(chain.from_iterable(count.values() for count in counts)), device)
+        presence = _per_row(specs, lambda params: params.presence_penalty, device)[places[0], 0]
+        frequency = _per_row(specs, lambda params: params.frequency_penalty, device)[places[0], 0]
         logits[places] -= presence + frequency * times
 
 
-def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
+def _draw(logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> Tensor:
     """`logits` [rows, vocab] in float32. A row with nothing left to draw from gives its first token."""
     device, vocab = logits.device, logits.shape[-1]
     temperatures = _per_row(specs, lambda params: max(params.temperature, MIN_TEMPERATURE), device)
     largest = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = ((logits - largest) / temperatures).exp_()  # the most likely token's is 1
+    numbers = np.array([uniform(spec.seed, at) for spec, at in zip(specs, positions, strict=True)])
+    if device.type == "cuda":
+        return _draw_on_gpu(weights, specs, to_device(numbers, device))
     _filter(weights, specs)
     cumulative = _whole(weights).cumsum(-1)
     total = cumulative[:, -1:]
-    numbers = torch.tensor([[uniform(spec.seed, len(spec.token_ids))] for spec in specs], dtype=torch.float64)
-    targets = (numbers.to(device) * total).long()
+    targets = (torch.from_numpy(numbers)[:, None] * total).long()
     # The first token whose cumulative weight exceeds the target; a filtered one adds nothing and is never it.
     found = torch.searchsorted(cumulative, targets.minimum(total - 1), right=True)
-    token_ids: list[int] = found.clamp(max=vocab - 1).squeeze(1).tolist()
-    return token_ids
+    return found.clamp(max=vocab - 1).squeeze(1)
+
+
+def _draw_on_gpu(weights: Tensor, specs: Sequence[SampleSpec], numbers: Tensor) -> Tensor:
+    """The same filters and the same draw, in two kernels."""
+    from engine.kernels.select import draw, thresholds
+
+    min_p = to_device(np.array([spec.params.min_p for spec in specs], dtype=np.float32), weights.device)
+    top_k = to_device([spec.params.top_k for spec in specs], weights.device)
+    top_p = to_device(np.array([spec.params.top_p for spec in specs]), weights.device)
+    return draw(weights, thresholds(weights, min_p, top_k, top_p), numbers)
 
 
 def _filter(weights: Tensor, specs: Sequence[SampleSpec]) -> None:
@@ -175,15 +218,16 @@ def _filter(weights: Tensor, specs: Sequence[SampleSpec]) -> None:
     device, vocab = weights.device, weights.shape[-1]
     if any(spec.params.min_p for spec in specs):
         _keep(weights, _per_row(specs, lambda params: params.min_p, device))
-    rows = [row for row, spec in enumerate(specs) if 0 < spec.params.top_k < vocab]
-    if rows:
-        ks = [specs[row].params.top_k for row in rows]
-        top = weights[rows].topk(max(ks), -1).values
-        thresholds = top.gather(1, _column([k - 1 for k in ks], device))
+    ks = {row: spec.params.top_k for row, spec in enumerate(specs) if 0 < spec.params.top_k < vocab}
+    if ks:
+        rows = to_device(list(ks), device)
+        top = weights[rows].topk(max(ks.values()), -1).values
+        thresholds = top.gather(1, to_device([k - 1 for k in ks.values()], device).unsqueeze(1))
         _keep_rows(weights, rows, thresholds)
-    rows = [row for row, spec in enumerate(specs) if spec.params.top_p < 1.0]
-    if rows:
-        top_p = torch.tensor([[specs[row].params.top_p] for row in rows], dtype=torch.float64, device=device)
+    ps = {row: spec.params.top_p for row, spec in enumerate(specs) if spec.params.top_p < 1.0}
+    if ps:
+        rows = to_device(list(ps), device)
+        top_p = to_device(np.array([[p] for p in ps.values()]), device)
         _keep_rows(weights, rows, _nucleus(weights[rows], top_p))
 
 
@@ -201,7 +245,7 @@ def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
     return largest.gather(1, last)
 
 
-def _keep_rows(weights: Tensor, rows: list[int], thresholds: Tensor) -> None:
+def _keep_rows(weights: Tensor, rows: Tensor, thresholds: Tensor) -> None:
     if len(rows) == len(weights):
         _keep(weights, thresholds)
     else:
@@ -219,11 +263,8 @@ def _whole(weights: Tensor) -> Tensor:
 
 
 def _per_row(specs: Sequence[SampleSpec], value: Callable[[SamplingParams], float], device: torch.device) -> Tensor:
-    return torch.tensor([[value(spec.params)] for spec in specs], dtype=torch.float32, device=device)
-
-
-def _column(indices: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(indices, device=device).unsqueeze(1)
+    """[rows, 1], float32"""
+    return to_device(np.array([[value(spec.params)] for spec in specs], dtype=np.float32), device)
 
 
 def _places(columns: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -231,4 +272,4 @@ def _places(columns: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
     lengths = [len(each) for each in columns]
     flat = np.fromiter(chain.from_iterable(columns), dtype=np.int64, count=sum(lengths))
     rows = np.repeat(np.arange(len(columns)), lengths)
-    return torch.from_numpy(rows).to(device), torch.from_numpy(flat).to(device)
+    return to_device(rows, device), to_device(flat, device)

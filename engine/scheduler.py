@@ -5,6 +5,9 @@ gives every decoding sequence its token, then spends the rest of the budget on p
 ones in order: a prompt that does not fit yet is never bypassed. Admission takes all blocks the known tokens need, so
 only decoding can run short; then the last running sequence gives its blocks up and waits again in its old place. The
 first one is never preempted and fits alone, so it finishes, and then the next is first: nobody starves.
+
+A step may be planned while another is in flight, whose sampled tokens are pending: counted, but not known. Blocks
+that a step in flight uses are not taken away, so nothing is preempted then: the plan says that it must wait.
 """
 
 from bisect import bisect_left, insort
@@ -34,6 +37,7 @@ class Plan:
     work: list[tuple[Sequence, int]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)  # admitted in this step, all in `work`
     preempted: list[Sequence] = field(default_factory=list)
+    must_wait: bool = False  # for the steps in flight, then plan again; there is no work
 
 
 class Scheduler:
@@ -68,10 +72,13 @@ class Scheduler:
         else:
             self.num_waiting_tokens -= sequence.num_tokens
 
-    def plan(self) -> Plan:
+    def plan(self, *, in_flight: bool = False) -> Plan:
+        """Plan the next step; `in_flight`: others have not ended yet."""
         plan = Plan()
         self.short_of_blocks = False
-        prefills = self._decode(plan)
+        prefills = self._decode(plan, in_flight)
+        if prefills is None:
+            return Plan(must_wait=True)
         budget = self._config.max_batch_tokens - len(plan.work)
         for sequence in prefills:
             budget -= self._compute(sequence, budget, plan)
@@ -79,27 +86,33 @@ class Scheduler:
             self._admit(plan, budget)
         return plan
 
-    def _decode(self, plan: Plan) -> list[Sequence]:
-        """Plan a token for each sequence that lacks only the last one's KV; returns the others."""
+    def _decode(self, plan: Plan, in_flight: bool) -> list[Sequence] | None:
+        """Plan a token for each sequence that lacks only the last one's KV; returns the others, None: must wait."""
         prefills: list[Sequence] = []
         block_size = self._kv.block_size
         place = 0
         while place < min(len(self.running), self._config.max_num_seqs):
             sequence = self.running[place]
             place += 1
-            num_tokens = len(sequence.token_ids)
+            num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens - sequence.num_computed_tokens > 1:
                 prefills.append(sequence)
-            elif len(sequence.block_ids) * block_size >= num_tokens or self._grow(sequence, plan):
+            elif num_tokens >= sequence.max_planned_tokens:
+                pass  # it ends with a pending token
+            elif sequence.must_know_tokens:
+                return None
+            elif len(sequence.block_ids) * block_size >= num_tokens or self._grow(sequence, plan, in_flight):
                 plan.work.append((sequence, 1))
+            elif in_flight:
+                return None
         return prefills
 
-    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+    def _grow(self, sequence: Sequence, plan: Plan, in_flight: bool) -> bool:
         """One more block, from those behind if need be; with nobody behind, it keeps what it has and waits."""
         while (block_ids := self._kv.allocate(1)) is None:
             self.short_of_blocks = True
             last = self.running[-1]
-            if last is sequence:
+            if last is sequence or in_flight:
                 return False
             self._preempt(last)
             plan.preempted.append(last)

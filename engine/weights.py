@@ -1,77 +1,142 @@
-"""Loads safetensors checkpoints into a model, shard by shard, and names a checkpoint by its content.
+"""Fills a model from a safetensors checkpoint, tensor by tensor, or at random, and names weights by their content.
 
 `load_weights` fills every parameter exactly once or raises ValueError naming what is missing, unexpected
-or mis-shaped; matrices that the model fuses are copied into their rows. Nothing is ever unpickled, and a
-shard index may only name plain files beside it.
+or mis-shaped; matrices that the model fuses are copied into their rows. Every tensor goes straight to the
+parameters' device, so that the host never holds more than one.
 """
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from xxhash import xxh3_128
+from xxhash import xxh3_64_intdigest, xxh3_128
 
+from engine.config_fields import MAX_CONFIG_BYTES, read_json_object
+from engine.layers.attention import SelfAttention
+from engine.layers.fp8 import FP8, quantize_weight, why_not_fp8
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
-from engine.model_config import MAX_CONFIG_BYTES, read_json_object
+from engine.model_config import ModelConfig
+from engine.quantization import Quantization
+from engine.safetensors_files import TensorEntry, open_tensors, read_entries
 
-MAX_INDEX_BYTES = 64 << 20
-MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 SAMPLES_PER_TENSOR = 16
 SAMPLE_BYTES = 4096
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+ONE_NUMBER: tuple[list[int], ...] = ([], [1])  # the shapes of a tensor that holds one
 MAX_NAMES = 8  # in an error message
+DUMMY_INPUT_SCALE = 16 / 448  # random weights keep activations within 16
 # Written by tools, of no effect on what the model computes.
 VOLATILE_CONFIG_FIELDS = ("_name_or_path", "transformers_version")
+# Where checkpoints keep the scale of a layer's FP8 keys: now, by ModelOpt, and formerly. Values alike.
+KV_SCALE_NAMES = ("{0}_scale", "{0}_proj.{0}_scale", "{0}_proj.output_scale")
 
 Progress = Callable[[int, int], None]  # bytes loaded so far, bytes in all
+KvScales = tuple[tuple[float, float], ...]  # of the keys and values of each layer: a value is its FP8 times the scale
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies, from the header of a safetensors file."""
+class Matrix:
+    """A matrix as the checkpoint has it: some rows of a layer, which may fuse several."""
 
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # in the file
-    size: int
+    name: str  # of its module
+    layer: Linear
+    rows: slice
+    scheme: Quantization | None  # None: stays in floating point
 
 
-def load_weights(model: nn.Module, path: Path, progress: Progress | None = None) -> None:
-    """Load the checkpoint in directory `path`, cast to the parameters' types, and finalize the layers."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every tensor of a checkpoint is for, by its name."""
+
+    matrices: Mapping[str, Matrix]
+    parameters: Mapping[str, Tensor]  # all others: the memory they fill
+    scales: Mapping[str, tuple[list[int], ...]]  # with the shapes they may have
+    kv_scales: tuple[tuple[str | None, str | None], ...]  # of keys and values of each layer, None where there is none
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.matrices, *self.parameters, *self.scales}
+
+
+def load_weights(
+    model: nn.Module, path: Path, progress: Progress | None = None, quantization: Quantization | None = None
+) -> KvScales:
+    """Load the checkpoint in directory `path`, cast to the parameters' types, and finalize the layers.
+
+    `quantization` is that of the model's config. Where the device has no FP8 products for a layer, its FP8 weights
+    become what they stand for in the model's type. Returns the scales for FP8 keys and values, one where the
+    checkpoint has none.
+    """
     entries = read_entries(path)
-    destinations = _destinations(model)
-    _check_names(model, destinations, {entry.name for entry in entries})
+    plan = make_plan(model, {entry.name for entry in entries}, quantization)
+    _check_names(plan, {entry.name for entry in entries})
+    scales = _read_scales(plan, entries)
+    _allocate(list(plan.matrices.values()))
     total, done = sum(entry.size for entry in entries), 0
-    for file in sorted({entry.file for entry in entries}):
-        with _open(file) as tensors:
-            for entry in entries:
-                if entry.file == file:
-                    if entry.name in destinations:
-                        _copy(tensors.get_tensor(entry.name), destinations[entry.name], entry.name)
-                    done += entry.size
-                    if progress is not None:
-                        progress(done, total)
-    for module in model.modules():
-        if isinstance(module, Linear | RMSNorm):
-            module.finalize()
+    for file, tensors_of_file in _by_file(entries):
+        with open_tensors(file) as tensors:
+            for entry in tensors_of_file:
+                if entry.name in plan.matrices:
+                    _load_matrix(plan.matrices[entry.name], tensors.get_tensor(entry.name), scales)
+                elif entry.name in plan.parameters:
+                    _load_parameter(plan.parameters[entry.name], tensors.get_tensor(entry.name), entry.name)
+                done += entry.size
+                if progress is not None:
+                    progress(done, total)
+    _finalize(model)
+    return tuple((_kv_scale(scales, k), _kv_scale(scales, v)) for k, v in plan.kv_scales)
 
 
-def model_hash(path: Path) -> str:
+def dummy_weights(model: nn.Module, seed: int = 0, quantization: Quantization | None = None) -> None:
+    """Random weights, made on the parameters' device, and finalize the layers.
+
+    Matrices are uniform with a standard deviation of 1/sqrt(row length), so that activations and logits keep the
+    size of their inputs; norms do nothing. Each parameter has a stream of its own, from `seed` and its name: equal
+    on every worker of one kind of device, whichever layers it holds. Another kind of device gives other weights.
+    """
+    matrices = make_plan(model, set(), quantization).matrices.values()
+    _allocate(list(matrices))
+    layers = {id(matrix.layer): matrix.scheme for matrix in matrices}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, Linear) and name == "weight" and layers[id(module)] is not None:
+                weight = torch.empty(parameter.shape, dtype=module.dtype, device=module.device)
+                _fill_randomly(weight, f"{seed} {module_name}.{name}")
+                module.fill(slice(None), *quantize_weight(weight))
+            else:
+                _fill_randomly(parameter, f"{seed} {module_name}.{name}")
+        if isinstance(module, RMSNorm):
+            module.weight.fill_(0.0 if module.unit_offset else 1.0)
+        if isinstance(module, Linear) and quantization is not None and quantization.has_input_scales:
+            module.input_scale = torch.tensor(DUMMY_INPUT_SCALE, device=module.device)
+    _finalize(model)
+
+
+def _fill_randomly(tensor: Tensor, stream: str) -> None:
+    generator = torch.Generator(tensor.device).manual_seed(xxh3_64_intdigest(stream.encode()) >> 1)
+    bound = math.sqrt(3 / tensor.shape[-1])
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def dummy_model_hash(config: ModelConfig, seed: int = 0) -> str:
+    """What `model_hash` is to a checkpoint, for `dummy_weights`."""
+    return xxh3_128(json.dumps(["dummy", seed, asdict(config)], sort_keys=True, default=sorted).encode()).hexdigest()
+
+
+def model_hash(path: Path, quantization: Quantization | None = None) -> str:
     """xxh3-128 over config.json and, per tensor by name, its type, shape and a sample of its bytes.
 
     The sample is 16 pieces of 4 KiB spread evenly, the whole of a small tensor: enough to tell apart any two
     trainings, in a fraction of a second for any size and however the file is sharded. It does not detect an
-    edit made to escape it.
+    edit made to escape it. Weights that are quantized at load are other weights.
     """
     config = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
     for name in VOLATILE_CONFIG_FIELDS:
@@ -83,6 +148,8 @@ def model_hash(path: Path) -> str:
             for offset in _sample_offsets(entry.size):
                 file.seek(entry.offset + offset)
                 digest.update(file.read(min(SAMPLE_BYTES, entry.size - offset)))
+    if quantization is not None and not quantization.is_stored:
+        digest.update(b"quantized at load")
     return digest.hexdigest()
 
 
@@ -97,101 +164,164 @@ def _sample_offsets(size: int) -> Iterable[int]:
     return [(size - SAMPLE_BYTES) * i // (SAMPLES_PER_TENSOR - 1) for i in range(SAMPLES_PER_TENSOR)]
 
 
-def read_entries(path: Path) -> list[TensorEntry]:
-    """Every tensor of the checkpoint, from the headers of its shards. Raises ValueError."""
-    entries = [entry for file in shard_files(path) for entry in _read_header(file)]
-    if not entries:
-        raise ValueError(f"{path} holds no tensors")
-    return entries
-
-
-def shard_files(path: Path) -> list[Path]:
-    """model.safetensors, or the files that its index names."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise ValueError(f"{path} holds neither {single.name} nor {index.name}; only safetensors are loaded")
-    weight_map = read_json_object(index, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index.name}: weight_map must map tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index.name} names {name!r:.80}, which is not a plain .safetensors file name")
-        if not (path / name).is_file():
-            raise ValueError(f"{index.name} names {name!r:.80}, which is missing")
-    return [path / name for name in names]
-
-
-def _read_header(path: Path) -> list[TensorEntry]:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > min(MAX_HEADER_BYTES, path.stat().st_size):
-            raise ValueError(f"{path.name} is not a safetensors file: its header would have {size} bytes")
-        text = file.read(size)
-    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        return [_entry(path, name, fields, 8 + size) for name, fields in header.items()]
-    raise ValueError(f"{path.name} is not a safetensors file: its header cannot be read")
-
-
-def _entry(file: Path, name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
-    begin, end = (int(offset) for offset in fields["data_offsets"])
-    shape = tuple(int(size) for size in fields["shape"])
-    return TensorEntry(file, name, str(fields["dtype"]), shape, data_start + begin, end - begin)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file.name} is not a valid safetensors file: {error}") from None
-
-
-def _destinations(model: nn.Module) -> dict[str, Tensor]:
-    """Checkpoint name -> the memory it fills. A fused matrix is found under its own name and its parts'."""
-    destinations: dict[str, Tensor] = {}
+def make_plan(model: nn.Module, found: set[str], quantization: Quantization | None) -> Plan:
+    """The tensors that `model` needs; the `found` names tell which of several forms the checkpoint has."""
+    matrices: dict[str, Matrix] = {}
+    parameters: dict[str, Tensor] = {}
+    scales: dict[str, tuple[list[int], ...]] = {}
+    kv_scales: list[tuple[str | None, str | None]] = []
     for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            destinations[f"{module_name}.{name}"] = parameter
-            if isinstance(module, Linear):
-                first = 0
-                for part, num_rows in zip(_part_names(module_name, module), module.parts.values(), strict=True):
-                    destinations[f"{part}.{name}"] = parameter[first : first + num_rows]
-                    first += num_rows
-    return destinations
+        if isinstance(module, Linear):
+            for matrix in _matrices(module_name, module, found, quantization):
+                matrices[f"{matrix.name}.weight"] = matrix
+                scales |= _scale_shapes(matrix)
+                if module.bias is not None:
+                    parameters[f"{matrix.name}.bias"] = module.bias[matrix.rows]
+        else:
+            parameters |= {f"{module_name}.{name}": item for name, item in module.named_parameters(recurse=False)}
+        if isinstance(module, SelfAttention):
+            keys, values = (_kv_scale_name(module_name, letter, found, quantization) for letter in "kv")
+            scales |= {name: ONE_NUMBER for name in (keys, values) if name is not None}
+            kv_scales.append((keys, values))
+    return Plan(matrices, parameters, scales, tuple(kv_scales))
 
 
-def _part_names(module_name: str, module: Linear) -> list[str]:
+def _matrices(module_name: str, layer: Linear, found: set[str], quantization: Quantization | None) -> Iterator[Matrix]:
+    """The layer's parts, or the layer itself where the checkpoint has it fused."""
     prefix, dot, _ = module_name.rpartition(".")
-    return [f"{prefix}{dot}{part}" for part in module.parts]
+    parts = {f"{prefix}{dot}{part}": num_rows for part, num_rows in layer.parts.items()}
+    if f"{module_name}.weight" in found:
+        parts = {module_name: sum(parts.values())}
+    first = 0
+    for name, num_rows in parts.items():
+        scheme = quantization if quantization is not None and quantization.covers(name) else None
+        yield Matrix(name, layer, slice(first, first + num_rows), scheme)
+        first += num_rows
 
 
-def _check_names(model: nn.Module, destinations: dict[str, Tensor], found: set[str]) -> None:
-    unexpected = {name for name in found - destinations.keys() if not _is_redundant(name, destinations)}
-    missing: set[str] = set()
-    for module_name, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            if f"{module_name}.{name}" not in found:
-                parts = _part_names(module_name, module) if isinstance(module, Linear) else [module_name]
-                missing.update(f"{part}.{name}" for part in parts if f"{part}.{name}" not in found)
-    for names, problem in ((missing, "lacks"), (unexpected, "has tensors that the model does not know:")):
+def _scale_shapes(matrix: Matrix) -> dict[str, tuple[list[int], ...]]:
+    scheme = matrix.scheme
+    if scheme is None or not scheme.is_stored:
+        return {}
+    num_rows = matrix.rows.stop - matrix.rows.start
+    shapes: dict[str, tuple[list[int], ...]] = {
+        f"{matrix.name}.weight_scale": ([num_rows, 1], [num_rows]) if scheme.scale_per_row else ONE_NUMBER
+    }
+    if scheme.has_input_scales:
+        shapes[f"{matrix.name}.input_scale"] = ONE_NUMBER
+    return shapes
+
+
+def _kv_scale_name(module_name: str, letter: str, found: set[str], quantization: Quantization | None) -> str | None:
+    if quantization is None or not quantization.is_stored:
+        return None
+    names = [f"{module_name}.{form.format(letter)}" for form in KV_SCALE_NAMES]
+    present = [name for name in names if name in found]
+    if len(present) > 1:
+        raise ValueError(f"the checkpoint has {present[0]} and also {present[1]}, which says the same")
+    return present[0] if present else names[0] if quantization.has_kv_scales else None
+
+
+def _check_names(plan: Plan, found: set[str]) -> None:
+    unexpected = {name for name in found - plan.names if not _is_redundant(name)}
+    for names, problem in (
+        (plan.names - found, "lacks"),
+        (unexpected, "has tensors that the model does not know:"),
+    ):
         if names:
             listed = ", ".join(sorted(names)[:MAX_NAMES])
             more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
             raise ValueError(f"the checkpoint {problem} {listed}{more}")
 
 
-def _is_redundant(name: str, destinations: dict[str, Tensor]) -> bool:
-    """Buffers that old checkpoints carry, and the head's copy of an embedding it is tied to."""
-    return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in destinations)
+def _is_redundant(name: str) -> bool:
+    """Buffers that old checkpoints carry, and, where the model has no head, the copy of the embedding it is tied to."""
+    return name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
-def _copy(source: Tensor, destination: Tensor, name: str) -> None:
-    if source.dtype not in FLOAT_TYPES:
-        raise ValueError(f"tensor {name} has type {source.dtype}; quantized checkpoints are not supported")
-    if source.shape != destination.shape:
-        raise ValueError(f"tensor {name} has shape {list(source.shape)}, the model wants {list(destination.shape)}")
-    destination.copy_(source)
+def _by_file(entries: Iterable[TensorEntry]) -> list[tuple[Path, list[TensorEntry]]]:
+    files: dict[Path, list[TensorEntry]] = {}
+    for entry in entries:
+        files.setdefault(entry.file, []).append(entry)
+    return sorted(files.items())
+
+
+def _read_scales(plan: Plan, entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
+    """All scales, float32 [1] or [num_rows] on the host: they are small, and a matrix may come before its own."""
+    scales: dict[str, Tensor] = {}
+    for file, entries_of_file in _by_file(entry for entry in entries if entry.name in plan.scales):
+        with open_tensors(file) as tensors:
+            for entry in entries_of_file:
+                scales[entry.name] = _checked_scale(tensors.get_tensor(entry.name), entry.name, plan.scales[entry.name])
+    return scales
+
+
+def _checked_scale(scale: Tensor, name: str, shapes: tuple[list[int], ...]) -> Tensor:
+    _check_type(scale, name, FLOAT_TYPES)
+    if list(scale.shape) not in shapes:
+        raise ValueError(f"tensor {name} has shape {list(scale.shape)}, the model wants {shapes[0]}")
+    scale = scale.float().flatten()
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ValueError(f"tensor {name} must hold positive numbers")
+    return scale
+
+
+def _kv_scale(scales: Mapping[str, Tensor], name: str | None) -> float:
+    return 1.0 if name is None else scales[name].item()
+
+
+def _allocate(matrices: Iterable[Matrix]) -> None:
+    """A layer is FP8 if all its matrices are and its device can multiply it so."""
+    layers: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        layers.setdefault(id(matrix.layer), []).append(matrix)
+    reasons: list[str] = []
+    for members in layers.values():
+        layer = members[0].layer
+        is_fp8 = all(matrix.scheme is not None for matrix in members)
+        reason = why_not_fp8(layer.device, layer.dtype, *layer.weight.shape) if is_fp8 else None
+        reasons += [reason] if reason else []
+        layer.allocate(fp8=is_fp8 and reason is None)
+    if reasons:
+        logger.warning("%d of %d linear layers are not multiplied in FP8: %s", len(reasons), len(layers), reasons[0])
+
+
+def _load_matrix(matrix: Matrix, source: Tensor, scales: Mapping[str, Tensor]) -> None:
+    layer, scheme = matrix.layer, matrix.scheme
+    name = f"{matrix.name}.weight"
+    _check_type(source, name, (FP8,) if scheme is not None and scheme.is_stored else FLOAT_TYPES)
+    _check_shape(source, name, layer.weight[matrix.rows].shape)
+    weight = source.to(layer.device)
+    if scheme is None:
+        layer.fill(matrix.rows, weight, None)
+    elif not scheme.is_stored:
+        layer.fill(matrix.rows, *quantize_weight(weight))
+    else:
+        layer.fill(matrix.rows, weight, scales[f"{matrix.name}.weight_scale"].to(layer.device))
+    if scheme is not None and scheme.is_stored and scheme.has_input_scales:
+        scale = scales[f"{matrix.name}.input_scale"].max().to(layer.device)
+        # Fused matrices share their input, and the largest scale clips none of it.
+        layer.input_scale = scale if layer.input_scale is None else torch.maximum(layer.input_scale, scale)
+
+
+def _load_parameter(parameter: Tensor, source: Tensor, name: str) -> None:
+    _check_type(source, name, FLOAT_TYPES)
+    _check_shape(source, name, parameter.shape)
+    parameter.copy_(source.to(parameter.device))
+
+
+def _check_type(tensor: Tensor, name: str, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(f"tensor {name} has type {tensor.dtype}, the model wants {wanted}")
+
+
+def _check_shape(tensor: Tensor, name: str, wanted: torch.Size) -> None:
+    if tensor.shape != wanted:
+        raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, the model wants {list(wanted)}")
+
+
+def _finalize(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Linear | RMSNorm):
+            module.finalize()

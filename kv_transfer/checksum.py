@@ -4,13 +4,38 @@ Made by the source when a piece is final, compared by the sink with what is in i
 attackers: both ends of a link know the deployment's token. xxhash works without the interpreter lock.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import xxhash
+
+from engine.kv.memory import HostMemory
 
 
 def checksum(piece: memoryview) -> int:
     return xxhash.xxh3_64_intdigest(piece)
+
+
+class PieceChecksums(Protocol):
+    """What a source has its pieces hashed with."""
+
+    inline_bytes: int  # hashing less than this costs less than handing it to a thread
+
+    def of(self, offsets: Sequence[int], piece_bytes: int) -> list[int]:
+        """Of the pieces at these places of the pool."""
+        ...
+
+
+class HostChecksums:
+    """The PieceChecksums of host memory."""
+
+    inline_bytes = 1 << 20
+
+    def __init__(self, memory: HostMemory) -> None:
+        self._memory = memory
+
+    def of(self, offsets: Sequence[int], piece_bytes: int) -> list[int]:
+        return [checksum(self._memory.buffer[offset : offset + piece_bytes]) for offset in offsets]
 
 
 class Digests:

@@ -1,126 +1,91 @@
-"""Brings the pieces of one lease into the sink's blocks and proves that they are right.
+"""How the pieces of one lease get into the sink's blocks: what a pull asks for, and who can do it.
 
-Made by a pull, called from copy threads. Invariant: it writes only into the blocks it was given, only inside `fetch`,
-and what `fetch` reports as good has been verified after it arrived. Pieces that fit the sink's layout as one run are
-copied straight into place; others go through a staging buffer and are scattered once their checksum is right.
+A copier is made by the sink for each pull, of the kind that the sink's memory and the link's reader need, and called
+from copy threads:
+
+  sink's memory   PieceReader                     MappedReader        StageReader
+  host            HostCopier                      -                   -
+  device          DeviceCopier, by pinned memory  DeviceCopier        DeviceCopier
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Event
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from engine.errors import TransferError
-from engine.kv.memory import HostMemory
-from kv_transfer.checksum import Digests
+from engine.kv.memory import HostMemory, KvMemory
+from kv_transfer.host_copier import HostCopier
 from kv_transfer.plan import TransferPlan
-from kv_transfer.transports.base import Fetch, PieceReader
+from kv_transfer.target import Target
+from kv_transfer.transports.base import PieceReader, Reader, Run
 
-SOURCE_RANK = 0  # one link reads one rank
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    layer_group: int
-    block_index: int  # in the order of the lease
-    checksum: int
-    num_failures: int = 0
-
-    def failed_again(self) -> "Piece":
-        return replace(self, num_failures=self.num_failures + 1)
+if TYPE_CHECKING:
+    from kv_transfer.copy_stream import CopyStream
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where one pull's pieces come from and go. All sizes and ids have been checked."""
+class Copier(Protocol):
+    """Writes only into the blocks that it was given, only inside `fetch`."""
 
-    lease_id: str
     groups: tuple[range, ...]  # the source's layers of each group
-    source_block_ids: Sequence[int]
-    sink_block_ids: Sequence[int]  # for positions from num_held_tokens on
-    num_tokens: int
-    num_held_tokens: int
+    needed_groups: frozenset[int]  # those of which the sink wants anything
+    job_bytes: int  # about how much one `fetch` should be given
+    checksums: bool  # whether each run must have the checksums of its pieces
+
+    def piece_bytes(self, layer_group: int) -> int: ...
+
+    def fetch(self, runs: Sequence[Run], stop: Event) -> tuple[list[Run], str]:
+        """Copy, verify and place; returns what did not arrive right, and why. Blocking. What is not in that list is
+        in place, and verified where it has checksums."""
+        ...
 
 
-class Copier:
-    def __init__(self, reader: PieceReader, plan: TransferPlan, memory: HostMemory, target: Target) -> None:
-        self._reader = reader
-        self._plan = plan
-        self._memory = memory
-        self._target = target
-        self._source = plan.sources[SOURCE_RANK]
-        self._first_sink_block = target.num_held_tokens // memory.layout.block_size
-        self.groups = target.groups
-        self._direct = [plan.direct_offset(SOURCE_RANK, layers) for layers in target.groups]
-        self.needed_groups = frozenset(
-            group for group, layers in enumerate(target.groups) if plan.needs(SOURCE_RANK, layers)
-        )
+@dataclass(frozen=True, slots=True)
+class CopierConfig:
+    """`stage_bytes`: of one buffer on the device; there is one for each copy thread of a link that needs them."""
 
-    def piece_bytes(self, layer_group: int) -> int:
-        return len(self._target.groups[layer_group]) * self._source.layer_bytes
+    job_bytes: int
+    copy_threads: int
+    stage_bytes: int
 
-    def fetch(self, pieces: Sequence[Piece], stop: Event) -> tuple[list[Piece], str]:
-        """Copy, verify and place; returns the pieces that did not arrive right, and why. Blocking."""
-        bad: list[Piece] = []
-        reason = ""
-        start = 0
-        while start < len(pieces):
-            if stop.is_set():
-                return [*bad, *pieces[start:]], "stopped"
-            end, num_bytes = start, 0
-            while end < len(pieces) and (end == start or num_bytes < self._reader.batch_bytes):
-                num_bytes += self.piece_bytes(pieces[end].layer_group)
-                end += 1
-            batch = pieces[start:end]
-            try:
-                wrong = self._fetch_batch(batch, stop)
-                reason = reason if not wrong else "checksum mismatch"
-            except TransferError as error:
-                wrong, reason = list(batch), str(error)
-            bad += wrong
-            start = end
-        return bad, reason
 
-    def _fetch_batch(self, pieces: Sequence[Piece], stop: Event) -> list[Piece]:
-        fetches = [self._fetch_of(piece) for piece in pieces]
-        digests = Digests(len(fetch.into) for fetch in fetches)
-        self._reader.read(self._target.lease_id, fetches, digests.arrived, stop)
-        bad = []
-        for piece, fetch, digest in zip(pieces, fetches, digests.done, strict=True):
-            if digest != piece.checksum:
-                bad.append(piece)
-            elif self._direct[piece.layer_group] is None:
-                self._scatter(piece, fetch.into)
-        return bad
+def warm_up(memory: KvMemory) -> None:
+    """Compile what copies into device memory need, before anybody waits for it. Seconds, the first time."""
+    if isinstance(memory, HostMemory):
+        return
+    from engine.kv.device_memory import DeviceMemory
+    from kv_transfer.copy_stream import CopyStream
 
-    def _fetch_of(self, piece: Piece) -> Fetch:
-        layers = self._target.groups[piece.layer_group]
-        size = len(layers) * self._source.layer_bytes
-        block_id = self._target.source_block_ids[piece.block_index]
-        offset = block_id * self._source.block_bytes + layers.start * self._source.layer_bytes
-        direct = self._direct[piece.layer_group]
-        if direct is None:
-            into = np.empty(size, np.uint8).data
-        else:
-            start = self._sink_offset(piece.block_index) + direct
-            into = self._memory.buffer[start : start + size]
-        return Fetch(piece.layer_group, piece.block_index, offset, into)
+    assert isinstance(memory, DeviceMemory), memory
+    CopyStream(memory.device, num_slots=1)
 
-    def _scatter(self, piece: Piece, staged: memoryview) -> None:
-        """numpy checks the bounds of every view and copies without the interpreter lock."""
-        layers = self._target.groups[piece.layer_group]
-        blocks = range(piece.block_index, piece.block_index + 1)
-        for copy in self._plan.copies(
-            SOURCE_RANK, layers, blocks, self._target.num_tokens, self._target.num_held_tokens
-        ):
-            shape = (copy.count, copy.size)
-            source_start = copy.source_offset - layers.start * self._source.layer_bytes
-            sink_start = self._sink_offset(copy.sink_block) + copy.sink_offset
-            source = np.ndarray(shape, np.uint8, staged, source_start, (copy.source_stride, 1))
-            np.copyto(np.ndarray(shape, np.uint8, self._memory.buffer, sink_start, (copy.sink_stride, 1)), source)
 
-    def _sink_offset(self, block: int) -> int:
-        """Of the sink's block at this place in the sequence."""
-        block_id = self._target.sink_block_ids[block - self._first_sink_block]
-        return block_id * self._memory.layout.block_bytes
+def open_stream(memory: KvMemory, reader: Reader, config: CopierConfig) -> "CopyStream | None":
+    """What the copiers of one link need on the device; None for host memory. Raise TransferError when they cannot be.
+
+    Each link has its own, so that a source that stalls while it fills a stage holds up nobody else.
+    """
+    if isinstance(memory, HostMemory):
+        if not isinstance(reader, PieceReader):
+            raise TransferError(f"{reader.name} cannot fill host memory", retryable=False)
+        return None
+    from engine.kv.device_memory import DeviceMemory
+    from kv_transfer.device_copier import open_device_stream
+
+    assert isinstance(memory, DeviceMemory), memory
+    return open_device_stream(memory, reader, config.copy_threads, config.stage_bytes)
+
+
+def make_copier(
+    reader: Reader, plan: TransferPlan, memory: KvMemory, target: Target, stream: "CopyStream | None", job_bytes: int
+) -> Copier:
+    """`stream` is what `open_stream` made. Raise TransferError when the target's pieces are too large for it."""
+    if stream is None:
+        assert isinstance(memory, HostMemory), memory
+        assert isinstance(reader, PieceReader), reader
+        return HostCopier(reader, plan, memory, target, job_bytes)
+    from engine.kv.device_memory import DeviceMemory
+    from kv_transfer.device_copier import DeviceCopier
+
+    assert isinstance(memory, DeviceMemory), memory
+    return DeviceCopier(reader, plan, memory, target, stream)

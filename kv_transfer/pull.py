@@ -8,21 +8,22 @@ or will ever start, even if the task was cancelled.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from threading import Event
 
 from engine.errors import TransferError
-from kv_transfer.copier import Copier, Piece
+from kv_transfer.copier import Copier
 from kv_transfer.handoff import Handoff, HandoffState
+from kv_transfer.transports.base import Run
 from protos import transfer_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
     """`num_blocks` of the sink were filled. `copy_seconds`: time in which at least one copy ran.
-    `exposed_seconds`: from hearing that prefill is complete to the last byte verified in place."""
+    `exposed_seconds`: from hearing that prefill is complete to the last byte in place."""
 
     first_token: int
     finished: bool  # nothing is left to decode
@@ -35,7 +36,6 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class PullLimits:
-    job_bytes: int  # what one copy job takes
     num_jobs: int  # at once
     max_failures: int  # of one piece, before the pull fails
 
@@ -65,8 +65,8 @@ class Pull:
         num_groups = len(copier.groups)
         self._next_block = [first_block] * num_groups  # of the source, for each layer group
         self._first_block = first_block
-        self._pending: deque[Piece] = deque()
-        self._jobs: set[asyncio.Future[tuple[list[Piece], str]]] = set()
+        self._pending: deque[Run] = deque()
+        self._jobs: set[asyncio.Future[tuple[list[Run], str]]] = set()
         self._stop = Event()
         self._wake = asyncio.Event()
         self._failure: tuple[HandoffState, str] | None = None
@@ -80,15 +80,17 @@ class Pull:
     # What the link hears. On the loop.
 
     def announced(self, message: pb.Announcement) -> None:
-        group, count = message.layer_group, len(message.checksums)
+        group, count = message.layer_group, message.num_blocks
         if self._first_token is not None or group >= len(self._next_block):
             return self._fail(HandoffState.FAILED, "the source announced what it may not")
         start = self._next_block[group]
         if message.first_block != start or start + count > self._num_blocks:
             return self._fail(HandoffState.FAILED, "the source announced blocks out of order")
+        if len(message.checksums) != (count if self._copier.checksums else 0):
+            return self._fail(HandoffState.FAILED, "the source announced another number of checksums than of pieces")
         self._next_block[group] = start + count
-        if group in self._copier.needed_groups:
-            self._pending.extend(Piece(group, start + i, sum_) for i, sum_ in enumerate(message.checksums))
+        if count and group in self._copier.needed_groups:
+            self._pending.append(Run(group, start, count, tuple(message.checksums)))
         if message.HasField("first_token"):
             if min(self._next_block) != self._num_blocks:
                 return self._fail(HandoffState.FAILED, "the source ended its announcements early")
@@ -170,17 +172,30 @@ class Pull:
     def _start_jobs(self) -> None:
         loop = asyncio.get_running_loop()
         while self._pending and len(self._jobs) < self._limits.num_jobs:
-            batch: list[Piece] = []
-            num_bytes = 0
-            while self._pending and num_bytes < self._limits.job_bytes:
-                batch.append(self._pending.popleft())
-                num_bytes += self._copier.piece_bytes(batch[-1].layer_group)
+            batch = self._take_batch()
             if not self._jobs:
                 self._busy_since = self._clock()
             job = loop.run_in_executor(self._pool, self._copier.fetch, batch, self._stop)
             job.add_done_callback(lambda _: self._wake.set())
             self._jobs.add(job)
-            self._num_bytes += num_bytes
+            self._num_bytes += self._size(batch)
+
+    def _take_batch(self) -> list[Run]:
+        """About as much of what is pending as one job takes, at least a piece."""
+        batch: list[Run] = []
+        room = self._copier.job_bytes
+        while self._pending and room > 0:
+            run = self._pending.popleft()
+            size = self._copier.piece_bytes(run.layer_group)
+            count = min(run.num_blocks, -(-room // size))
+            if count < run.num_blocks:
+                self._pending.appendleft(run.part(count, run.num_blocks))
+            batch.append(run.part(0, count))
+            room -= count * size
+        return batch
+
+    def _size(self, runs: Sequence[Run]) -> int:
+        return sum(run.num_blocks * self._copier.piece_bytes(run.layer_group) for run in runs)
 
     def _collect(self) -> None:
         done = {job for job in self._jobs if job.done()}
@@ -189,11 +204,11 @@ class Pull:
             self._copy_seconds += self._clock() - self._busy_since
         for job in done:
             bad, reason = job.result()
-            for piece in bad:
-                self._num_bytes -= self._copier.piece_bytes(piece.layer_group)
-                if piece.num_failures >= self._limits.max_failures:
-                    self._fail(HandoffState.FAILED, f"block {piece.block_index} did not arrive: {reason}")
-                self._pending.append(piece.failed_again())
+            self._num_bytes -= self._size(bad)
+            for run in bad:
+                if run.num_failures >= self._limits.max_failures:
+                    self._fail(HandoffState.FAILED, f"block {run.first_block} did not arrive: {reason}")
+                self._pending.append(run.part(0, run.num_blocks, num_more_failures=1))
         self._check()
 
     def _give_up(self) -> None:

@@ -2,27 +2,32 @@
 
 Used on the worker's asyncio loop. Owns one link for each source worker: made at the first pull, made again when dead,
 dropped when idle. Invariant: when `pull` has returned or raised, cancellation included, nothing writes into the
-blocks it was given; and it only returns when every byte was verified and the lease held until then.
+blocks it was given; and it only returns when every byte is in place, was verified if a CPU touched it, and the lease
+held until then.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from engine.errors import TransferError
-from engine.kv.memory import HostMemory
-from kv_transfer.copier import SOURCE_RANK, Copier, Target
+from engine.kv.memory import KvMemory
+from kv_transfer.copier import CopierConfig, make_copier, open_stream, warm_up
 from kv_transfer.fingerprint import difference
 from kv_transfer.handoff import Handoff, HandoffState
 from kv_transfer.link import layer_ranges
 from kv_transfer.pull import Pull, Pulled, PullLimits
 from kv_transfer.sink_link import CannotRead, Greeting, LinkConfig, SinkLink
-from kv_transfer.transports.base import SinkTransport
+from kv_transfer.target import SOURCE_RANK, Target
+from kv_transfer.transports.base import Reader, SinkTransport
 from protos import transfer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kv_transfer.copy_stream import CopyStream
 
 T = TypeVar("T")
 
@@ -31,14 +36,19 @@ __all__ = ["KvSink", "Pulled", "SinkConfig"]
 
 @dataclass(frozen=True, slots=True)
 class SinkConfig:
-    """Deadlines in seconds; `copy_threads` and `max_piece_bytes` are for each link."""
+    """Deadlines in seconds; `copy_threads`, `stage_bytes` and `max_piece_bytes` are for each link.
+
+    A link to KV in device memory takes `copy_threads` stages of `stage_bytes` on the device, unless its transport
+    copies straight into place.
+    """
 
     connect_s: float = 5.0  # until the lease is open
     silence_s: float = 2.0  # sources say something at least every half second
     ack_s: float = 5.0
     idle_s: float = 60.0
     copy_threads: int = 2
-    job_bytes: int = 32 << 20
+    job_bytes: int = 32 << 20  # what a thread copies at a time in host memory
+    stage_bytes: int = 32 << 20
     max_failures: int = 2  # times a piece is pulled again
     max_piece_bytes: int = 1 << 30
 
@@ -52,11 +62,13 @@ class SinkConfig:
 
 
 class KvSink:
+    """Made before the worker serves: for device memory it compiles a kernel."""
+
     def __init__(
         self,
         *,
         worker_id: str,
-        memory: HostMemory,
+        memory: KvMemory,
         fingerprint: str,
         token: str,
         transports: Sequence[SinkTransport],
@@ -70,6 +82,8 @@ class KvSink:
         self._clock = clock
         self._links: dict[tuple[str, str], asyncio.Task[SinkLink]] = {}  # by link address and epoch
         self._closed = False
+        warm_up(memory)
+        self._copiers = CopierConfig(self._config.job_bytes, self._config.copy_threads, self._config.stage_bytes)
 
     async def pull(self, offer: bytes, *, block_ids: Sequence[int], num_held_tokens: int, deadline: float) -> Pulled:
         """Fill `block_ids`, which hold the positions from `num_held_tokens` (whole blocks) on.
@@ -149,7 +163,7 @@ class KvSink:
         while True:
             try:
                 async with asyncio.timeout(self._config.connect_s):
-                    return await SinkLink.connect(address, greeting, config)
+                    return await SinkLink.connect(address, greeting, config, self._open_stream)
             except CannotRead as failure:
                 left = [each for each in greeting.transports if each.name != failure.transport]
                 if not left:
@@ -157,6 +171,9 @@ class KvSink:
                 greeting = replace(greeting, transports=left)
             except TimeoutError as error:
                 raise TransferError("no link to the source in time", retryable=True) from error
+
+    def _open_stream(self, reader: Reader) -> "CopyStream | None":
+        return open_stream(self._memory, reader, self._copiers)
 
     def _make_pull(
         self,
@@ -180,9 +197,9 @@ class KvSink:
             lease_id=offered.lease_id,
             first_block=link.plan.first_block(SOURCE_RANK, num_held_tokens),
             num_blocks=len(offered.block_ids),
-            copier=Copier(link.reader, link.plan, self._memory, target),
+            copier=make_copier(link.reader, link.plan, self._memory, target, link.stream, self._config.job_bytes),
             handoff=handoff,
-            limits=PullLimits(self._config.job_bytes, self._config.copy_threads, self._config.max_failures),
+            limits=PullLimits(self._config.copy_threads, self._config.max_failures),
             send=link.send,
             pool=link.pool,
             clock=self._clock,

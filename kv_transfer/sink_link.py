@@ -8,9 +8,10 @@ and the next one makes a new link. Copy threads belong to the link, so a source 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -19,10 +20,16 @@ from engine.kv.layout import KvLayout
 from kv_transfer.link import CHANNEL_OPTIONS, layout_from_message, layout_to_message, open_link
 from kv_transfer.plan import TransferPlan, plan_transfer
 from kv_transfer.pull import Pull
-from kv_transfer.transports.base import PieceReader, SinkTransport
+from kv_transfer.transports.base import Reader, SinkTransport
 from protos import transfer_pb2 as pb
 
+if TYPE_CHECKING:
+    from kv_transfer.copy_stream import CopyStream
+
 log = logging.getLogger(__name__)
+
+Opened = tuple[Reader, "CopyStream | None"]
+OpenStream = Callable[[Reader], "CopyStream | None"]
 
 WRITE_S = 5.0
 SILENT_TICKS = 8
@@ -57,10 +64,19 @@ class CannotRead(Exception):
 
 
 class SinkLink:
-    def __init__(self, channel: grpc.aio.Channel, call: grpc.aio.StreamStreamCall, config: LinkConfig) -> None:
+    """`open_stream` is called with the link's reader, in a thread, and raises TransferError like `connect`."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        call: grpc.aio.StreamStreamCall,
+        config: LinkConfig,
+        open_stream: OpenStream,
+    ) -> None:
         self._channel = channel
         self._call = call
         self._config = config
+        self._open_stream = open_stream
         self._outbox: deque[pb.SinkMessage] = deque()
         self._wake = asyncio.Event()
         self._pulls: dict[str, Pull] = {}
@@ -71,15 +87,17 @@ class SinkLink:
         self.epoch = ""
         self.num_blocks = 0
         self.plan: TransferPlan
-        self.reader: PieceReader | None = None
+        self.reader: Reader | None = None
+        self.stream: CopyStream | None = None  # where the sink's memory is a device's
+        self._closing: Future[None] | None = None
         self._lease_s = 0.0
         self._num_silent_ticks = 0
 
     @staticmethod
-    async def connect(address: str, greeting: Greeting, config: LinkConfig) -> "SinkLink":
+    async def connect(address: str, greeting: Greeting, config: LinkConfig, open_stream: OpenStream) -> "SinkLink":
         """Raise TransferError when refused, CannotRead when only the transport failed. The caller sets the deadline."""
         channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        link = SinkLink(channel, open_link(channel, greeting.token), config)
+        link = SinkLink(channel, open_link(channel, greeting.token), config, open_stream)
         try:
             await link._greet(greeting)
         except BaseException as error:
@@ -114,6 +132,8 @@ class SinkLink:
             self._conversation.cancel()
             await asyncio.wait((self._conversation,))
         await self._hang_up()
+        if self._closing is not None:
+            await asyncio.wrap_future(self._closing)
 
     async def _converse(self) -> None:
         tasks = [asyncio.create_task(part) for part in (self._listen(), self._speak(), self._watch())]
@@ -163,12 +183,18 @@ class SinkLink:
         if transport is None:
             raise TransferError("the source chose a transport that was not offered", retryable=True)
         size = reply.num_blocks * source.block_bytes
-        self.reader = await self._open_reader(transport, reply, size)
+        self.reader, self.stream = await self._open_reader(transport, reply, size)
 
-    async def _open_reader(self, transport: SinkTransport, reply: pb.HelloReply, size: int) -> PieceReader:
-        opening = asyncio.create_task(
-            asyncio.to_thread(transport.connect, reply.transport_address, reply.transport_key, size)
-        )
+    async def _open_reader(self, transport: SinkTransport, reply: pb.HelloReply, size: int) -> Opened:
+        def connect() -> Opened:
+            reader = transport.connect(reply.transport_address, reply.transport_key, size)
+            try:
+                return reader, self._open_stream(reader)
+            except BaseException:
+                reader.close()
+                raise
+
+        opening = asyncio.create_task(asyncio.to_thread(connect))
         try:
             return await asyncio.shield(opening)
         except TransferError as error:
@@ -245,16 +271,17 @@ class SinkLink:
 
     def _release_when_unused(self) -> None:
         if not self.alive and not self._pulls:
-            self.pool.shutdown(wait=False)
             if self.reader is not None:
-                self.reader.close()
-                self.reader = None
+                self._closing = self.pool.submit(self.reader.close)  # unmapping device memory may wait for the device
+                self.reader = self.stream = None
+            self.pool.shutdown(wait=False)
 
 
-def _discard(opening: "asyncio.Task[PieceReader]") -> None:
+def _discard(opening: "asyncio.Task[Opened]") -> None:
     """A reader that came after its link was given up."""
     if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
+        reader, _ = opening.result()
+        reader.close()
 
 
 def _code(error: grpc.RpcError) -> str:

@@ -21,7 +21,8 @@ from time import monotonic
 import grpc
 
 from engine.kv.layout import BlockId
-from engine.kv.memory import HostMemory
+from engine.kv.memory import HostMemory, KvMemory
+from kv_transfer.checksum import HostChecksums, PieceChecksums
 from kv_transfer.fingerprint import difference
 from kv_transfer.lease import LeaseTable
 from kv_transfer.link import layer_ranges, layout_from_message, layout_to_message, link_handler
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`announce_bytes`: how much one announcement covers at most, so that a sink can start before all is hashed."""
+    """`announce_bytes`: how much one announcement with checksums covers at most, so that a sink can start before all
+    is hashed."""
 
     lease_s: float = 30.0
     max_lease_s: float = 600.0  # however often renewed
@@ -69,7 +71,7 @@ class KvSource:
         *,
         worker_id: str,
         epoch: str,
-        memory: HostMemory,
+        memory: KvMemory,
         layer_groups: Sequence[int],
         fingerprint: str,
         link_address: str,
@@ -97,6 +99,7 @@ class KvSource:
         self._links: dict[bytes, SourceLink] = {}
         self._dirty: dict[SourceLink, dict[str, None]] = {}  # leases with something to announce, in order
         self._num_opened = 0
+        self._checksums = _checksums_of(memory)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kv-checksum")
         self._timer: asyncio.Task[None] | None = None
         for transport in transports:
@@ -204,7 +207,7 @@ class KvSource:
 
     async def _serve_link(self, context: grpc.aio.ServicerContext) -> None:
         link = SourceLink(
-            self, self._memory, self._hasher, os.urandom(LINK_KEY_BYTES), heartbeat_s=self._config.heartbeat_s
+            self, self._checksums, self._hasher, os.urandom(LINK_KEY_BYTES), heartbeat_s=self._config.heartbeat_s
         )
         await link.serve(context, self._config.lease_s)
 
@@ -220,6 +223,7 @@ class KvSource:
         with self._lock:
             if len(self._links) >= self._config.max_links:
                 return None
+            link.checksummed = transport.checksums
             self._links[link.id] = link
             self._dirty[link] = {}
         return pb.HelloReply(
@@ -337,7 +341,9 @@ class KvSource:
             group = len(self._groups) - 1  # everything was announced before the token was known
         start = held.num_announced[group]
         size = self._piece_bytes(group)
-        stop = min(held.num_final[group], start + max(1, self._config.announce_bytes // size))
+        stop = held.num_final[group]
+        if held.link is None or held.link.checksummed:
+            stop = min(stop, start + max(1, self._config.announce_bytes // size))
         held.num_announced[group] = max(start, stop)
         first_token = None
         if held.all_announced:
@@ -375,6 +381,16 @@ class KvSource:
         except ValueError as error:
             return str(error)
         return ""
+
+
+def _checksums_of(memory: KvMemory) -> PieceChecksums:
+    if isinstance(memory, HostMemory):
+        return HostChecksums(memory)
+    from engine.kv.device_memory import DeviceMemory
+    from kv_transfer.staging import DeviceChecksums  # loads torch
+
+    assert isinstance(memory, DeviceMemory), memory
+    return DeviceChecksums(memory)
 
 
 def _closed(lease_id: str, reason: str) -> pb.SourceMessage:

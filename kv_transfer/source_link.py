@@ -16,14 +16,12 @@ from typing import Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
-from engine.kv.memory import HostMemory
-from kv_transfer.checksum import checksum
+from kv_transfer.checksum import PieceChecksums
 from kv_transfer.transports.base import LINK_ID_BYTES
 from protos import transfer_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-INLINE_BYTES = 1 << 20  # hashing less than this costs less than handing it to a thread
 HELLO_S = 5.0
 WRITE_S = 5.0
 
@@ -56,11 +54,16 @@ class LinkDesk(Protocol):
 
 
 class SourceLink:
-    def __init__(self, desk: LinkDesk, memory: HostMemory, hasher: Executor, key: bytes, heartbeat_s: float) -> None:
+    """`checksummed` says whether its announcements carry checksums; the source sets it with the greeting."""
+
+    def __init__(
+        self, desk: LinkDesk, checksums: PieceChecksums, hasher: Executor, key: bytes, heartbeat_s: float
+    ) -> None:
         self.key = key
         self.id = key[:LINK_ID_BYTES]
         self._desk = desk
-        self._memory = memory
+        self.checksummed = True
+        self._checksums = checksums
         self._hasher = hasher
         self._heartbeat_s = heartbeat_s
         self._loop = asyncio.get_running_loop()
@@ -158,15 +161,17 @@ class SourceLink:
 
     async def _announce(self, work: Work) -> pb.SourceMessage:
         """Hash what is final. If the lease ends meanwhile the sums are worthless, and the sink is told by `Closed`."""
-        if work.num_bytes < INLINE_BYTES:
-            sums = _checksums(self._memory, work)
-        else:
-            sums = await self._loop.run_in_executor(self._hasher, _checksums, self._memory, work)
+        sums: list[int] = []
+        if self.checksummed and work.num_bytes < self._checksums.inline_bytes:
+            sums = self._checksums.of(work.offsets, work.piece_bytes)
+        elif self.checksummed and work.offsets:
+            sums = await self._loop.run_in_executor(self._hasher, self._checksums.of, work.offsets, work.piece_bytes)
         return pb.SourceMessage(
             announcement=pb.Announcement(
                 lease_id=work.lease_id,
                 layer_group=work.layer_group,
                 first_block=work.first_block,
+                num_blocks=len(work.offsets),
                 checksums=sums,
                 first_token=work.first_token,
             )
@@ -175,7 +180,3 @@ class SourceLink:
     async def _write(self, context: grpc.aio.ServicerContext, message: pb.SourceMessage) -> None:
         async with asyncio.timeout(WRITE_S):
             await context.write(message)
-
-
-def _checksums(memory: HostMemory, work: Work) -> list[int]:
-    return [checksum(memory.buffer[offset : offset + work.piece_bytes]) for offset in work.offsets]

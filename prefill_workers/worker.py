@@ -36,7 +36,7 @@ class PrefillRole:
         self._leased: dict[str, RequestId] = {}  # the same, the other way
 
     def submit(self, client: Client, message: pb.Submit) -> None:  # noqa: ARG002
-        self._engine.submit(client.request)
+        self._engine.submit(client.request, decodes=False)
 
     def receive(self, command: LeaseReleased) -> None:
         self._engine.kv.release(command.block_ids)
@@ -65,10 +65,10 @@ class PrefillRole:
 
     def group_done(self, scheduled: Scheduled, group: int) -> None:
         block_size = self._engine.kv.block_size
-        for chunk in scheduled.batch.chunks:
-            lease_id = self._leases.get(chunk.request_id)
+        for sequence, chunk in zip(scheduled.sequences, scheduled.batch.chunks, strict=True):
+            lease_id = self._leases.get(chunk.request_id) if sequence.running else None
             if lease_id is not None:
-                self._source.announce(lease_id, group, (chunk.start + len(chunk.token_ids)) // block_size)
+                self._source.announce(lease_id, group, chunk.end // block_size)
 
     def token(self, token: TokenOutput, now: float) -> None:
         """A first token: the sequence leaves the engine."""

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -20,6 +21,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 
 _LONG_SECONDS = (*_SECONDS, 40.0, 80.0, 160.0, 640.0, 2560.0)
 _TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
 _BYTES = tuple(float(4**power) for power in range(5, 18))
+_BYTES_PER_SECOND = tuple(float(step * 10**power) for power in range(7, 13) for step in (1, 2, 5))
 
 
 @dataclass(slots=True)
@@ -40,12 +42,27 @@ class Histogram:
 
     def family(self, prefix: str, model: str) -> Metric:
         family = HistogramMetricFamily(prefix + self.name, self.help, labels=["model_name"])
-        running, buckets = 0, []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
-            running += count
-            buckets.append((bound, running))
-        family.add_metric([model], buckets, self.total)
+        family.add_metric([model], self.buckets(), self.total)
         return family
+
+    def buckets(self) -> list[tuple[str, int]]:
+        """As the exposition format has them: each with what is in the smaller ones."""
+        bounds = [*map(str, self.bounds), "+Inf"]
+        return list(zip(bounds, accumulate(self.counts), strict=True))
+
+
+@dataclass(slots=True)
+class Transfers:
+    """The handoffs of one transport."""
+
+    num_bytes: int = 0
+    bandwidth: Histogram = field(
+        default_factory=lambda: Histogram(
+            "kv_transfer_bytes_per_second",
+            "KV bytes of a request over the time they were in transfer.",
+            _BYTES_PER_SECOND,
+        )
+    )
 
 
 class Metrics:
@@ -58,7 +75,6 @@ class Metrics:
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
         self.generation_tokens = 0
-        self.transferred_bytes = 0
         self.finished: Counter[str] = Counter()  # finish reason -> choices
         self.responses: Counter[tuple[str, int]] = Counter()  # route, status -> HTTP responses; 499: client left
         self.first_token = Histogram("time_to_first_token_seconds", "Time to first token.", _LONG_SECONDS, vllm=True)
@@ -76,6 +92,7 @@ class Metrics:
         self.exposed_time = Histogram(
             "kv_transfer_exposed_seconds", "Transfer time that prefill did not hide.", _SECONDS
         )
+        self.transfers: dict[str, Transfers] = {}  # by transport
         self._model = model
         registry.register(self)
 
@@ -93,7 +110,10 @@ class Metrics:
         self.prefill.observe(timeline.prefill_s)
         self.decode.observe(timeline.decode_s)
         if timeline.transfer_bytes:
-            self.transferred_bytes += timeline.transfer_bytes
+            transfers = self.transfers.setdefault(timeline.transport, Transfers())
+            transfers.num_bytes += timeline.transfer_bytes
+            if timeline.transfer_s > 0:
+                transfers.bandwidth.observe(timeline.transfer_bytes / timeline.transfer_s)
             self.transfer_bytes.observe(timeline.transfer_bytes)
             self.transfer_time.observe(timeline.transfer_s)
             self.exposed_time.observe(timeline.exposed_s)
@@ -109,7 +129,7 @@ class Metrics:
         yield self._counter(
             "baton_prompt_tokens_cached", "Prompt tokens that needed no prefill.", self.cached_prompt_tokens
         )
-        yield self._counter("baton_kv_transferred_bytes", "KV bytes moved.", self.transferred_bytes)
+        yield from self._by_transport()
         responses = CounterMetricFamily("baton_http_responses", "HTTP responses.", labels=["route", "status"])
         for (route, status), count in self.responses.items():
             responses.add_metric([route, str(status)], count)
@@ -117,6 +137,17 @@ class Metrics:
 
     def _histograms(self) -> list[Histogram]:
         return [value for value in vars(self).values() if isinstance(value, Histogram)]
+
+    def _by_transport(self) -> Iterator[Metric]:
+        labels = ["model_name", "transport"]
+        moved = CounterMetricFamily("baton_kv_transferred_bytes", "KV bytes moved.", labels=labels)
+        shape = Transfers().bandwidth
+        bandwidth = HistogramMetricFamily("baton_" + shape.name, shape.help, labels=labels)
+        for transport, transfers in self.transfers.items():
+            moved.add_metric([self._model, transport], transfers.num_bytes)
+            bandwidth.add_metric([self._model, transport], transfers.bandwidth.buckets(), transfers.bandwidth.total)
+        yield moved
+        yield bandwidth
 
     def _shared(self, prefix: str) -> Iterator[Metric]:
         yield self._counter(prefix + "prompt_tokens", "Prompt tokens of finished requests.", self.prompt_tokens)

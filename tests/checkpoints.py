@@ -4,12 +4,16 @@
 Same arguments, same bytes: weights come from `seed`, the tokenizer from a fixed text.
 """
 
+import fnmatch
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
@@ -105,6 +109,101 @@ def make_checkpoint(
     if tokenizer:
         make_tokenizer(path, config.vocab_size)
     return path
+
+
+def make_fp8_checkpoint(
+    path: Path,
+    family: str = "llama",
+    *,
+    form: str = "compressed-tensors",
+    per_row: bool = False,
+    static_inputs: bool = False,
+    kv_scales: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = ("lm_head",),
+    **options: Any,
+) -> Path:
+    """A random checkpoint with FP8 linear layers; `path`/dequantized holds what its weights stand for, in float32.
+
+    `form` is "compressed-tensors", "modelopt" or "modelopt file" (its settings in hf_quant_config.json), `ignore` as
+    that writes it. `kv_scales` adds tensors to every attention, by the ends of their names. Scales lie in a file
+    after that of the weights.
+    """
+    dequantized = make_checkpoint(path / "dequantized", family, tokenizer=False, **options)
+    tensors = load_file(dequantized / "model.safetensors")
+    weights, scales = dict(tensors), {}
+    for name in tensors:
+        module = name.removesuffix(".weight")
+        if re.search(r"(_proj|lm_head)\.weight$", name) and not any(_ignores(item, module) for item in ignore):
+            amax = tensors[name].abs().amax(dim=1, keepdim=True) if per_row else tensors[name].abs().max().reshape(1)
+            scales[f"{module}.weight_scale"] = amax / 448
+            weights[name] = (tensors[name] / (amax / 448)).to(torch.float8_e4m3fn)
+            tensors[name] = weights[name].float() * (amax / 448)
+            if form != "compressed-tensors":
+                scales[f"{module}.weight_scale"] = (amax / 448)[0]
+            if static_inputs or form != "compressed-tensors":
+                scales[f"{module}.input_scale"] = torch.tensor(0.02 + 0.001 * len(scales))
+    layers = sorted({name.split(".self_attn.")[0] for name in tensors if ".self_attn." in name})
+    for i, layer in enumerate(layers):
+        for end, scale in (kv_scales or {}).items():
+            scales[f"{layer}.self_attn.{end}"] = torch.tensor(scale * (i + 1))
+    save_file(tensors, dequantized / "model.safetensors", metadata={"format": "pt"})
+    files = {"model-1.safetensors": weights, "model-2.safetensors": scales}
+    for file, content in files.items():
+        save_file(content, path / file)
+    weight_map = {name: file for file, content in files.items() for name in content}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = json.loads((dequantized / "config.json").read_text())
+    settings = fp8_settings(form, per_row=per_row, static_inputs=static_inputs, ignore=ignore)
+    if form == "modelopt file":
+        (path / "hf_quant_config.json").write_text(json.dumps(settings))
+    else:
+        config["quantization_config"] = settings
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def _ignores(item: str, module: str) -> bool:
+    if item.startswith("re:"):
+        return re.match(item[3:], module) is not None
+    return fnmatch.fnmatchcase(module, item)
+
+
+def fp8_settings(
+    form: str, *, per_row: bool = False, static_inputs: bool = False, ignore: Sequence[str] = ("lm_head",)
+) -> dict[str, Any]:
+    """The quantization settings as llm-compressor and ModelOpt write them."""
+    e4m3 = {"num_bits": 8, "type": "float", "dynamic": False}
+    if form == "modelopt file":
+        inner = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": list(ignore)}
+        return {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": inner}
+    if form == "modelopt":
+        group = {"input_activations": e4m3, "weights": e4m3, "targets": ["Linear"]}
+        return {
+            "config_groups": {"group_0": group},
+            "ignore": list(ignore),
+            "quant_algo": "FP8",
+            "producer": {"name": "modelopt", "version": "0.29.0"},
+            "quant_method": "modelopt",
+        }
+    common = {"symmetric": True, "group_size": None, "block_structure": None, "actorder": None, "observer_kwargs": {}}
+    inputs = {"dynamic": not static_inputs, "strategy": "tensor" if static_inputs else "token", "observer": None}
+    group = {
+        "weights": e4m3 | common | {"strategy": "channel" if per_row else "tensor", "observer": "minmax"},
+        "input_activations": e4m3 | common | inputs,
+        "output_activations": None,
+        "targets": ["Linear"],
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": "float-quantized",
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.12.2",
+    }
 
 
 def randomize(model: torch.nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from engine.executors.base import Batch, Chunk, Sampled, StepResult
+from engine.executors.base import Batch, Chunk, FinishedStep, PendingStep, Sampled, StepResult
 from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 
 
@@ -41,11 +42,18 @@ def instant_executor(
     return SimulatedExecutor(config, lambda _seconds: None)
 
 
+@dataclass
+class LateStep:
+    result: Callable[[], StepResult]
+
+
 class ScriptedExecutor:
     """An instant executor whose every step is noted, and whose tokens may be dictated.
 
     `choose(chunk)` gives the token to sample; None leaves it to the simulation. A step asserts that no two chunks
     write into the same block and that all before a chunk has been written, so wrong scheduling fails at once.
+
+    With two steps in flight each computes as late as it may: when its result is asked for.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class ScriptedExecutor:
         vocab_size: int = 1000,
         eos_token_ids: tuple[int, ...] = (),
         choose: Callable[[Chunk], int | None] = lambda _chunk: None,
+        max_in_flight: int = 1,
     ) -> None:
         self._inner = instant_executor(
             num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len, vocab_size=vocab_size
@@ -69,19 +78,41 @@ class ScriptedExecutor:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.model_hash = self._inner.model_hash
+        self.max_in_flight = max_in_flight
+        self._num_in_flight = 0
+        self._last: StepResult | None = None
         self.steps: list[list[tuple[str, int, int]]] = []  # (request, start, number of tokens) of each chunk
         self._choose = choose
 
-    def step(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> StepResult:
+    def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> PendingStep:
+        self._num_in_flight += 1
+        assert self._num_in_flight <= self.max_in_flight
+        batch = Batch([replace(chunk, block_ids=tuple(chunk.block_ids)) for chunk in batch.chunks])
+        late = LateStep(lambda: self._run(batch, on_group_done))
+        return late if self.max_in_flight > 1 else FinishedStep(late.result())
+
+    def _run(self, batch: Batch, on_group_done: Callable[[int], None] | None) -> StepResult:
+        self._num_in_flight -= 1
+        batch = Batch([self._known(chunk) for chunk in batch.chunks])
         self._check_writes(batch)
         self.steps.append([(chunk.request_id, chunk.start, len(chunk.token_ids)) for chunk in batch.chunks])
-        result = self._inner.step(batch, on_group_done)
+        result = self._inner.submit(batch, on_group_done).result()
         chosen = [self._choose(chunk) for chunk in batch.chunks]
         sampled = [
             each if each is None or token_id is None else Sampled(token_id, each.logprobs)
             for each, token_id in zip(result.sampled, chosen, strict=True)
         ]
-        return StepResult(sampled, result.prompt_logprobs)
+        self._last = StepResult(sampled, result.prompt_logprobs)
+        return self._last
+
+    def _known(self, chunk: Chunk) -> Chunk:
+        """Put the token sampled in the step before in its place."""
+        if chunk.follows is None:
+            return chunk
+        assert self._last is not None
+        sampled = self._last.sampled[chunk.follows]
+        assert sampled is not None
+        return replace(chunk, token_ids=[sampled.token_id])
 
     def close(self) -> None:
         """The memory goes with this object, as `step` needs it."""

@@ -1,8 +1,9 @@
 """The seam between models and attention kernels.
 
 A backend owns the view of the paged KV `[block, layer, k|v, kv_head, slot, head_dim]`. Once per step the
-executor asks it for a `StepAttention`, where index tensors are made; every layer then writes its keys
-and values and attends, in layer order. The CPU backend is `engine.attention.paged`.
+executor asks it for a `StepAttention`, where index tensors are made; every layer then rotates and stores its
+keys and values and attends, in layer order. `engine.attention.paged` runs anywhere, `engine.attention.flashinfer`
+on CUDA.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from engine.layers.rotary import Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,13 @@ class AttentionLayer:
 class StepAttention(Protocol):
     """One step's tokens are those of its spans, one span after the other."""
 
-    def write_kv(self, layer: AttentionLayer, key_values: Tensor) -> None:
-        """Store `key_values` [num_tokens, k heads then v heads, head_dim], rotated."""
+    def rotate_and_store(self, layer: AttentionLayer, heads: Tensor, rotation: Rotation) -> None:
+        """Rotate queries and keys of `heads` [num_tokens, q heads then k heads then v heads, head_dim] in place, and
+        store keys and values."""
         ...
 
     def attend(self, layer: AttentionLayer, queries: Tensor) -> Tensor:
-        """queries [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim]; after `write_kv`."""
+        """queries [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim]; after `rotate_and_store`."""
         ...
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.attention.base import AttentionLayer, Span
+from engine.layers.rotary import Rotation
 
 MAX_PADDING = 1024  # positions gathered in vain before decode rows of other lengths get a batch of their own
 
@@ -87,7 +88,10 @@ class PagedStep:
         self.write_rows = self._write_rows()
         self.groups: dict[int | None, list[Group]] = {}
 
-    def write_kv(self, layer: AttentionLayer, key_values: Tensor) -> None:
+    def rotate_and_store(self, layer: AttentionLayer, heads: Tensor, rotation: Rotation) -> None:
+        num_kv_heads = self.backend.num_kv_heads
+        rotation.apply_(heads[:, :-num_kv_heads])
+        key_values = heads[:, -2 * num_kv_heads :]
         self.backend.layer_rows(layer.index).index_put_((self.write_rows,), key_values)
         if self.on_layer_written is not None:
             self.on_layer_written(layer.index)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from xxhash import xxh3_64_intdigest
 
-from engine.executors.base import Batch, Chunk, Sampled, SampleSpec, StepResult, TokenLogprobs
+from engine.executors.base import Batch, Chunk, FinishedStep, Sampled, SampleSpec, StepResult, TokenLogprobs
 from engine.kv.layout import KvLayout
 from engine.kv.memory import HostMemory
 
@@ -67,10 +67,11 @@ class SimulatedExecutor:
         self.vocab_size = config.vocab_size
         self.max_model_len = config.max_model_len
         self.eos_token_ids = config.eos_token_ids
+        self.max_in_flight = 1
         self.model_hash = f"simulated-{config.vocab_size}-{config.first_token_id}"
         self._slots = self.memory.buffer.cast("i")  # [block, k|v, slot]
 
-    def step(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> StepResult:
+    def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> FinishedStep:
         for chunk in batch.chunks:
             self._write(chunk)
         seconds = step_seconds(self._config, batch)
@@ -78,13 +79,12 @@ class SimulatedExecutor:
             self._sleep(seconds)
         if on_group_done is not None:
             on_group_done(0)
-        return StepResult(
-            [None if chunk.sample is None else self._next(chunk, chunk.sample) for chunk in batch.chunks],
-            [
-                None if chunk.prompt_logprobs is None else [TokenLogprobs(each, 0.0) for each in chunk.next_token_ids]
-                for chunk in batch.chunks
-            ],
-        )
+        sampled = [None if chunk.sample is None else self._next(chunk, chunk.sample) for chunk in batch.chunks]
+        prompt_logprobs = [
+            None if chunk.prompt_logprobs is None else [TokenLogprobs(each, 0.0) for each in chunk.next_token_ids]
+            for chunk in batch.chunks
+        ]
+        return FinishedStep(StepResult(sampled, prompt_logprobs))
 
     def close(self) -> None:
         self._slots.release()
@@ -105,7 +105,7 @@ class SimulatedExecutor:
     def _next(self, chunk: Chunk, spec: SampleSpec) -> Sampled:
         """A hash of the position and of what the KV blocks say, the banned tokens left out."""
         size, slots, block_ids = self._config.block_size, self._slots, chunk.block_ids
-        end = chunk.start + len(chunk.token_ids)
+        end = chunk.end
         keys = range(max(0, end - NUM_LAST), end)
         # Golden-ratio steps: within a few tokens every stretch of the sequence has been looked at.
         offset = (end * 0x9E3779B1 % (1 << 32)) * end // NUM_PROBES >> 32

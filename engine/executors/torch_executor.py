@@ -1,123 +1,204 @@
-"""The executor that runs a Hugging Face checkpoint in PyTorch.
+"""The executor that runs a Hugging Face checkpoint in PyTorch, on the CPU or on one GPU.
 
-Owns the model, the KV memory and the attention backend of one worker. A worker loop calls `step` from one
-thread; nothing about a request is kept between steps except its KV.
+Owns the model, the KV memory and the attention backend of one worker. A worker loop makes all calls from one thread;
+nothing about a request is kept between steps except its KV and the tokens sampled last. On the CPU a step is over
+when `submit` returns. On CUDA it is queued there and `result` waits for it, so that two steps can be in flight, and
+nothing in between waits for the device. Decode steps replay CUDA graphs, others are queued operation by operation.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.base import AttentionBackend, Span
 from engine.attention.paged import PagedAttention
-from engine.executors.base import Batch, Chunk, Sampled, StepResult, TokenLogprobs
+from engine.executors.base import Batch, Chunk, FinishedStep, PendingStep, TokenLogprobs
+from engine.executors.cuda_graphs import DecodeGraphs
+from engine.executors.cuda_setup import (
+    StepLimits,
+    capture_graphs,
+    make_attention,
+    make_pool,
+    measure_peak,
+    num_blocks_that_fit,
+)
+from engine.executors.host_pool import available_memory, check_memory
+from engine.executors.model_loading import Loaded, choose_dtype, load, load_model
+from engine.executors.queued_step import GroupMarks, QueuedStep, step_result
 from engine.kv.layout import ITEM_SIZES, KvLayout
-from engine.kv.memory import HostMemory
-from engine.model_config import DTYPES, ModelConfig, load_model_config
-from engine.models.decoder import CausalLM
-from engine.models.registry import MAKERS
-from engine.sampler import prompt_logprobs, sample
-from engine.weights import Progress, load_weights, model_hash, num_parameters
+from engine.kv.memory import HostMemory, KvMemory
+from engine.model_config import ModelConfig, load_model_config, with_quantization
+from engine.sampler import Choice, prompt_logprobs, sample
+from engine.tensors import to_device
+from engine.weights import Progress, num_parameters
+
+__all__ = ["TorchConfig", "TorchExecutor", "load_model"]
 
 LOGITS_BYTES = 64 << 20  # of prompt log probabilities computed at a time
+HOST_KV_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class TorchConfig:
-    """`num_blocks` None is what fits into `kv_memory` bytes. `dtype` "auto" is the checkpoint's, except that a CPU
-    computes a float16 checkpoint in float32, which holds every float16 exactly and is many times faster there.
+    """`device` "cuda" is the process's first GPU. `load` "dummy" asks for a config.json only and makes random weights.
+    `dtype` "auto" is the checkpoint's, except that a CPU computes a float16 checkpoint in float32, which holds every
+    float16 exactly and is many times faster there. `quantization` "fp8" quantizes the weights of a checkpoint that is
+    not quantized yet.
+
+    `num_blocks` None is what fits into `kv_memory` bytes; `kv_memory` None is 1 GiB on the CPU, and on CUDA what is
+    free beside the largest step (`max_batch_tokens`, `max_num_seqs`) within `gpu_memory_fraction` of the GPU.
     `max_model_len` None is the most that the model and the blocks allow. `layers_per_group` None is a quarter of the
     layers. `num_threads` None leaves PyTorch's setting, which belongs to the whole process, as it is.
     """
 
-    num_blocks: int | None = None
-    kv_memory: int = 1 << 30
-    dtype: str = "auto"
     device: str = "cpu"
+    load: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
+    num_blocks: int | None = None
+    kv_memory: int | None = None
+    kv_dtype: str = "auto"  # the model's, or "fp8"
+    gpu_memory_fraction: float = 0.9
     block_size: int = 16
     max_model_len: int | None = None
+    max_batch_tokens: int = 8192
+    max_num_seqs: int = 256
+    cuda_graphs: bool = True
     layers_per_group: int | None = None
     num_threads: int | None = None
 
 
 class TorchExecutor:
-    """Implements `engine.executors.base.Executor`. Raises ValueError when checkpoint and config do not fit."""
+    """Implements `engine.executors.base.Executor`. Raises ValueError when checkpoint, config and device do not fit."""
+
+    memory: KvMemory
+    max_model_len: int
 
     def __init__(self, path: Path, config: TorchConfig, progress: Progress | None = None) -> None:
-        model_config = load_model_config(path)
-        dtype = choose_dtype(config, model_config)
-        self.layout = KvLayout(
-            num_layers=model_config.num_layers,
-            num_kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            block_size=config.block_size,
-            dtype=dtype,
-        )
-        num_blocks = config.num_blocks
-        if num_blocks is None:
-            num_blocks = config.kv_memory // self.layout.block_bytes
-        if config.device != "cpu":
-            raise ValueError(f"device must be cpu, where the KV memory is, not {config.device!r}")
-        weight_bytes = num_parameters(path) * ITEM_SIZES[dtype]
-        check_memory(self.layout, num_blocks, available_memory() - weight_bytes)
-        self.max_model_len = choose_max_model_len(config, model_config, num_blocks)
+        if config.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, not {config.device!r}")
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: PyTorch finds no GPU (see nvidia-smi, and torch.version.cuda for its build)")
+        self._device = torch.device("cuda:0" if config.device == "cuda" else "cpu")
+        model_config = with_quantization(load_model_config(path), config.quantization)
+        dtype = choose_dtype(config.dtype, model_config, self._device)
+        self.layout = make_layout(config, model_config, dtype)
         self.layer_groups = layer_group_ends(model_config.num_layers, config.layers_per_group)
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = model_config.eos_token_ids
-        self.model_hash = model_hash(path)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self._device = torch.device(config.device)
-        self._model = load_model(path, model_config, getattr(torch, dtype), self._device, progress)
-        self.memory = HostMemory(self.layout, num_blocks)
-        kv = torch.frombuffer(self.memory.buffer, dtype=getattr(torch, dtype)).view(self.layout.shape(num_blocks))
-        self._attention: AttentionBackend = PagedAttention(kv)
+        is_dummy, num_blocks = config.load == "dummy", num_blocks_asked(config, self.layout)
+        if num_blocks is not None:
+            self.max_model_len = choose_max_model_len(config, model_config, num_blocks)
+            if config.device == "cpu":
+                weight_bytes = 0 if is_dummy else num_parameters(path) * ITEM_SIZES[dtype]
+                check_memory(self.layout, num_blocks, available_memory() - weight_bytes)
+        loaded = load(path, model_config, dtype, self._device, dummy=is_dummy, progress=progress)
+        self._model, self.model_hash = loaded.model, loaded.model_hash
+        self._attention: AttentionBackend
+        self._graphs: DecodeGraphs | None = None
+        if num_blocks is not None and config.device == "cpu":
+            self._use_host(num_blocks)
+        else:
+            self._use_gpu(num_blocks, config, loaded, getattr(torch, dtype))
+        # By each chunk of the step submitted last; of those that sample nothing, anything.
+        self._sampled = torch.empty(0, dtype=torch.int64, device=self._device)
+
+    def _use_host(self, num_blocks: int) -> None:
+        self.max_in_flight = 1
+        self.memory = memory = HostMemory(self.layout, num_blocks)
+        kv = torch.frombuffer(memory.buffer, dtype=getattr(torch, self.layout.dtype))
+        self._attention = PagedAttention(kv.view(self.layout.shape(num_blocks)))
+
+    def _use_gpu(self, num_blocks: int | None, config: TorchConfig, loaded: Loaded, dtype: torch.dtype) -> None:
+        self.max_in_flight = 2
+        model, device = loaded.model, self._device
+        limits = StepLimits(
+            max_batch_tokens=config.max_batch_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len or model.config.max_position_embeddings,
+            max_graph_rows=config.max_num_seqs if config.cuda_graphs else 0,
+        )
+        if num_blocks is None:
+            peak = measure_peak(model, self.layout, dtype, limits, device)
+            num_blocks = num_blocks_that_fit(self.layout, peak, device, config.gpu_memory_fraction)
+            self.max_model_len = choose_max_model_len(config, model.config, num_blocks)
+        self.memory = memory = make_pool(self.layout, num_blocks, device)
+        limits = replace(limits, max_model_len=self.max_model_len)
+        kv = memory.kv(getattr(torch, self.layout.dtype))
+        self._attention = make_attention(kv, model, dtype, limits, loaded.kv_scales)
+        self._graphs = capture_graphs(model, self._attention, limits.max_graph_rows, spare_block=num_blocks)
 
     @torch.inference_mode()
-    def step(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> StepResult:
+    def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> PendingStep:
         chunks = batch.chunks
-        spans = [Span(chunk.start, len(chunk.token_ids), chunk.block_ids) for chunk in chunks]
-        attention = self._attention.begin_step(spans, self._group_caller(on_group_done))
-        token_ids = torch.tensor([token for chunk in chunks for token in chunk.token_ids], device=self._device)
-        positions = [position for span in spans for position in range(span.start, span.start + span.num_tokens)]
-        positions_tensor = torch.tensor(positions, dtype=torch.float32, device=self._device)
-        hidden = self._model(token_ids, positions_tensor, attention)
-        return StepResult(self._sample(chunks, hidden), self._prompt_logprobs(chunks, hidden))
+        marks = GroupMarks(self.layer_groups, on_group_done, self._device)
+        hidden = self._forward(chunks, marks)
+        choice = self._sample(chunks, hidden)
+        prompt_logprobs = self._prompt_logprobs(chunks, hidden)
+        sampling = [chunk.sample is not None for chunk in chunks]
+        if self._device.type == "cpu":
+            return FinishedStep(step_result(sampling, choice, prompt_logprobs))
+        return QueuedStep(sampling, choice, prompt_logprobs, marks)
 
     def close(self) -> None:
         """Give weights and KV memory back; nothing else may be called afterwards."""
-        self.__dict__.pop("_model", None)
-        self.__dict__.pop("_attention", None)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for name in ("_graphs", "_attention", "_model", "_sampled"):
+            self.__dict__.pop(name, None)
         self.memory.close()
 
-    def _group_caller(self, on_group_done: Callable[[int], None] | None) -> Callable[[int], None] | None:
-        if on_group_done is None:
+    def _forward(self, chunks: Sequence[Chunk], marks: GroupMarks) -> Tensor:
+        """Hidden states before the final norm [num_tokens, hidden_size]."""
+        spans = [Span(chunk.start, len(chunk.token_ids), chunk.block_ids) for chunk in chunks]
+        token_ids = self._token_ids(chunks)
+        positions = to_device(positions_of(spans), self._device)
+        hidden: Tensor
+        if self._graphs is not None and self._graphs.fit(spans):
+            hidden = self._graphs.run(token_ids, positions, spans)
+            marks.mark_all()
+            return hidden
+        attention = self._attention.begin_step(spans, marks.on_layer_written)
+        hidden = self._model(token_ids, positions, attention)
+        return hidden
+
+    def _token_ids(self, chunks: Sequence[Chunk]) -> Tensor:
+        """[num_tokens]; those that the step before samples are taken from where it puts them."""
+        sources = [-1 if chunk.follows is None else chunk.follows for chunk in chunks]
+        if sources == list(range(len(self._sampled))):
+            return self._sampled
+        known = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64)
+        token_ids = to_device(known, self._device)
+        if max(sources) >= 0:
+            ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
+            following = np.flatnonzero(np.array(sources) >= 0)
+            places = to_device(ends[following] - 1, self._device)
+            token_ids[places] = self._sampled[to_device(np.array(sources)[following], self._device)]
+        return token_ids
+
+    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor) -> Choice | None:
+        ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
+        sampling = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
+        self._sampled = hidden.new_zeros(len(chunks), dtype=torch.int64)
+        if not sampling:
             return None
-        last_layers = {end - 1: group for group, end in enumerate(self.layer_groups)}
-
-        def on_layer_written(layer: int) -> None:
-            if layer in last_layers:
-                on_group_done(last_layers[layer])
-
-        return on_layer_written
-
-    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[Sampled | None]:
-        rows, specs, end = [], [], 0
-        for chunk in chunks:
-            end += len(chunk.token_ids)
-            if chunk.sample is not None:
-                rows.append(end - 1)
-                specs.append(chunk.sample)
-        if not rows:
-            return [None] * len(chunks)
-        if len(rows) < hidden.shape[0]:
-            hidden = hidden[rows]
-        sampled = iter(sample(self._model.logits(hidden), specs))
-        return [None if chunk.sample is None else next(sampled) for chunk in chunks]
+        rows = to_device(ends[sampling] - 1, self._device)
+        specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
+        hidden = hidden if len(sampling) == hidden.shape[0] else hidden[rows]
+        choice = sample(self._model.logits(hidden), specs, [chunks[i].end for i in sampling])
+        if len(sampling) == len(chunks):
+            self._sampled = choice.token_ids
+        else:
+            self._sampled[to_device(sampling, self._device)] = choice.token_ids
+        return choice
 
     def _prompt_logprobs(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[list[TokenLogprobs] | None]:
         found: list[list[TokenLogprobs] | None] = []
@@ -136,26 +217,34 @@ class TorchExecutor:
         return found
 
 
-def load_model(
-    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None
-) -> CausalLM:
-    default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = MAKERS[config.architecture](config, dtype)
-    finally:
-        torch.set_default_dtype(default_dtype)
-    load_weights(model, path, progress)
-    return model
+def positions_of(spans: Sequence[Span]) -> NDArray[np.float32]:
+    """[num_tokens]"""
+    if all(span.num_tokens == 1 for span in spans):
+        return np.array([span.start for span in spans], dtype=np.float32)
+    return np.concatenate([np.arange(span.start, span.start + span.num_tokens, dtype=np.float32) for span in spans])
 
 
-def choose_dtype(config: TorchConfig, model_config: ModelConfig) -> str:
-    if config.dtype == "auto":
-        return "float32" if config.device == "cpu" and model_config.dtype == "float16" else model_config.dtype
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {config.dtype!r}")
-    return config.dtype
+def make_layout(config: TorchConfig, model_config: ModelConfig, dtype: str) -> KvLayout:
+    if config.kv_dtype not in ("auto", "fp8"):
+        raise ValueError(f"kv_cache.dtype must be auto or fp8, not {config.kv_dtype!r}")
+    if config.kv_dtype == "fp8" and config.device == "cpu":
+        raise ValueError("kv_cache.dtype fp8 is for device cuda")
+    return KvLayout(
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+        dtype="float8_e4m3fn" if config.kv_dtype == "fp8" else dtype,
+    )
+
+
+def num_blocks_asked(config: TorchConfig, layout: KvLayout) -> int | None:
+    """None: as many as fit on the GPU."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_memory is not None:
+        return config.kv_memory // layout.block_bytes
+    return HOST_KV_BYTES // layout.block_bytes if config.device == "cpu" else None
 
 
 def choose_max_model_len(config: TorchConfig, model_config: ModelConfig, num_blocks: int) -> int:
@@ -179,26 +268,3 @@ def layer_group_ends(num_layers: int, layers_per_group: int | None) -> tuple[int
     if size < 1:
         raise ValueError(f"layers_per_group must be at least 1, not {size}")
     return (*range(size, num_layers, size), num_layers)
-
-
-def check_memory(layout: KvLayout, num_blocks: int, available: int) -> None:
-    """The pool is touched page by page, so what does not fit would kill the process later, in mid-request."""
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks must be at least 1, not {num_blocks}")
-    needed = num_blocks * layout.block_bytes
-    if needed > available:
-        raise ValueError(
-            f"{num_blocks} KV blocks of {layout.block_bytes} bytes need {needed / 2**30:.1f} GiB, and "
-            f"{available / 2**30:.1f} GiB are available beside the weights; "
-            f"at most {max(0, available) // layout.block_bytes} fit"
-        )
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping, by the kernel's estimate."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

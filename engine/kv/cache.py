@@ -79,19 +79,23 @@ class KvCache:
                 self._cache.idle[here] = None
                 here = entry.parent
 
-    def store(self, token_ids: Sequence[int], hashes: Sequence[int], block_ids: list[BlockId], num_tokens: int) -> None:
+    def store(
+        self, token_ids: Sequence[int], hashes: Sequence[int], block_ids: list[BlockId], num_tokens: int
+    ) -> list[BlockId]:
         """Make the full blocks among the first `num_tokens`, whose KV is computed, matchable. Idempotent.
 
         The caller holds references to `block_ids`. Where another block caches the same content already, that one
-        takes the place of the caller's, which is released: what two sequences computed at the same time is kept once,
-        and a sequence never needs more blocks than its tokens fill.
+        takes the place of the caller's: what two sequences computed at the same time is kept once, and a sequence
+        never needs more blocks than its tokens fill. Returns the blocks replaced, which the caller releases.
         """
         parents, twins = self._cache.insert(token_ids, hashes, block_ids, num_tokens // self.block_size)
         self.retain(parents)
+        replaced = []
         for place, twin in twins:
             self.retain([twin])
-            self.release([block_ids[place]])
+            replaced.append(block_ids[place])
             block_ids[place] = twin
+        return replaced
 
     def clear(self) -> None:
         """Forget every prefix. Referenced blocks stay with their holders."""

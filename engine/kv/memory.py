@@ -1,23 +1,40 @@
-"""The bytes of one rank's KV pool in host memory, shareable with other processes of the same user.
+"""The bytes of one rank's KV pool: what every kind of memory has in common, and the kind that lies in host memory.
 
-The pool is an anonymous memory file (memfd): another process on the host can map it through
-`/proc/<pid>/fd/<fd>`, and it vanishes with its last user, however that one died.
+Host memory is an anonymous memory file (memfd), shareable with other processes of the same user: another process on
+the host can map it through `/proc/<pid>/fd/<fd>`, and it vanishes with its last user, however that one died.
+`engine.kv.device_memory` has the kind that lies in a device's memory.
 """
 
 import contextlib
 import fcntl
 import mmap
 import os
+from typing import Protocol
 
 from engine.kv.layout import KvLayout
 
 
-class HostMemory:
-    """`num_blocks * layout.block_bytes` zeroed bytes. Owns the file and the mapping until `close`.
+class KvMemory(Protocol):
+    """`size` = `num_blocks * layout.block_bytes` bytes, block after block, owned until `close`.
 
-    `buffer` is writable and C-contiguous, block after block. The executor writes KV into it, transports
-    read and write it; who may touch which block when is the block pool's and the leases' business.
+    The executor writes KV into them, transports read and write them; who may touch which block when is the block
+    pool's and the leases' business.
     """
+
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def close(self) -> None:
+        """Give the memory back. Tensors and views made from it must not be used afterwards."""
+        ...
+
+
+class HostMemory:
+    """A KvMemory of zeroed bytes in a memory file. `buffer` is writable and C-contiguous."""
 
     def __init__(self, layout: KvLayout, num_blocks: int) -> None:
         self.layout = layout

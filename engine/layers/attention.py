@@ -34,8 +34,7 @@ class SelfAttention(nn.Module):
             q, k = heads[:, : self.num_heads], heads[:, self.num_heads : -self.num_kv_heads]
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
-        rotation.apply_(heads[:, : -self.num_kv_heads])
-        attention.write_kv(self.layer, heads[:, self.num_heads :])
+        attention.rotate_and_store(self.layer, heads, rotation)
         attended = attention.attend(self.layer, heads[:, : self.num_heads])
         projected: Tensor = self.o_proj(attended)
         return projected

@@ -17,7 +17,24 @@ class GatedMLP(nn.Module):
         self.uses_gelu = config.activation == "gelu_pytorch_tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        activated = F.gelu(gate, approximate="tanh") if self.uses_gelu else F.silu(gate)
-        down: Tensor = self.down_proj(activated.mul_(up))
+        down: Tensor = self.down_proj(self._gated(x))
         return down
+
+    def _gated(self, x: Tensor) -> Tensor:
+        layer = self.gate_up_proj
+        if x.is_cuda and x.shape[0] == 1 and layer.weight_scale is None and layer.bias is None:
+            from engine.kernels.gemv import gemv_gated
+
+            return gemv_gated(x, layer.weight, "gelu_tanh" if self.uses_gelu else "silu")
+        return gated(layer(x), self.uses_gelu)
+
+
+def gated(gate_up: Tensor, uses_gelu: bool) -> Tensor:
+    """gate_up [num_tokens, gate then up] -> activation(gate) * up"""
+    if gate_up.is_cuda:
+        from engine.kernels.activation import gated as fused
+
+        return fused(gate_up, "gelu_tanh" if uses_gelu else "silu")
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = F.gelu(gate, approximate="tanh") if uses_gelu else F.silu(gate)
+    return activated.mul_(up)

@@ -20,4 +20,18 @@ class RMSNorm(nn.Module):
             self.weight.add_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            from engine.kernels.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
+
+    def add(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        """`hidden += delta` in place; returns the norm of the sum."""
+        if delta is not None:
+            if hidden.is_cuda:
+                from engine.kernels.norm import add_rms_norm
+
+                return add_rms_norm(hidden, delta, self.weight, self.eps)
+            hidden.add_(delta)
+        return self.forward(hidden)

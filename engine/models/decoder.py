@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attention.base import StepAttention
-from engine.layers.linear import Linear
+from engine.attention.base import AttentionLayer, StepAttention
+from engine.layers.attention import SelfAttention
+from engine.layers.linear import Linear, linear
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
@@ -37,7 +38,9 @@ class Stack(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """`make_layer(config, index)` gives modules with forward(hidden, rotation, attention) -> hidden.
+    """`make_layer(config, index)` gives modules with forward(hidden, delta, rotation, attention) -> delta.
+
+    A layer first adds the `delta` of the one before it, None for the first, to `hidden` in place.
 
     Built under `torch.device`, in `dtype`, with its parameters unset until `engine.weights` loads them.
     """
@@ -67,9 +70,14 @@ class CausalLM(nn.Module):
         if self.embedding_scale is not None:
             # Rounded to the model's type first, as in training.
             hidden *= torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()
+        delta: Tensor | None = None
         for layer in self.model.layers:
-            hidden = layer(hidden, rotation, attention)
-        return hidden
+            delta = layer(hidden, delta, rotation, attention)
+        assert delta is not None, "a model without layers"
+        return hidden.add_(delta)
+
+    def attention_layers(self) -> list[AttentionLayer]:
+        return [module.layer for module in self.modules() if isinstance(module, SelfAttention)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size], as `forward` gives it -> [num_rows, vocab_size]"""
@@ -77,7 +85,7 @@ class CausalLM(nn.Module):
         if self.lm_head is not None:
             logits: Tensor = self.lm_head(hidden)
         else:
-            logits = F.linear(hidden, self.model.embed_tokens.weight)
+            logits = linear(hidden, self.model.embed_tokens.weight)
         if self.config.logit_softcap is not None:
             logits = logits.div_(self.config.logit_softcap).tanh_().mul_(self.config.logit_softcap)
         return logits

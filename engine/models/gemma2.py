@@ -26,11 +26,11 @@ class Gemma2Layer(nn.Module):
         self.mlp = GatedMLP(config)
         self.post_feedforward_layernorm = make_norm()
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention: StepAttention) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden), rotation, attention)
-        hidden += self.post_attention_layernorm(attended)
-        hidden += self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
-        return hidden
+    def forward(self, hidden: Tensor, delta: Tensor | None, rotation: Rotation, attention: StepAttention) -> Tensor:
+        attended = self.self_attn(self.input_layernorm.add(hidden, delta), rotation, attention)
+        fed = self.mlp(self.pre_feedforward_layernorm.add(hidden, self.post_attention_layernorm(attended)))
+        out: Tensor = self.post_feedforward_layernorm(fed)
+        return out
 
 
 def make_gemma2(config: ModelConfig, dtype: torch.dtype) -> CausalLM:

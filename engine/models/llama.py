@@ -16,7 +16,10 @@ from engine.models.decoder import CausalLM
 
 
 class LlamaLayer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    What a block has to add is handed on as `delta`, so that adding it and the next norm are one operation.
+    """
 
     def __init__(self, config: ModelConfig, index: int, *, normalizes_heads: bool = False) -> None:
         super().__init__()
@@ -25,10 +28,10 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, attention: StepAttention) -> Tensor:
-        hidden += self.self_attn(self.input_layernorm(hidden), rotation, attention)
-        hidden += self.mlp(self.post_attention_layernorm(hidden))
-        return hidden
+    def forward(self, hidden: Tensor, delta: Tensor | None, rotation: Rotation, attention: StepAttention) -> Tensor:
+        attended = self.self_attn(self.input_layernorm.add(hidden, delta), rotation, attention)
+        out: Tensor = self.mlp(self.post_attention_layernorm.add(hidden, attended))
+        return out
 
 
 def make_llama(config: ModelConfig, dtype: torch.dtype) -> CausalLM:

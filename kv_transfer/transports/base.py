@@ -1,17 +1,51 @@
 """How the bytes of pieces travel from a source's memory into a sink's. See the modules beside this one.
 
 A piece is one source block's bytes of one group of layers, contiguous in the source's memory. The source runs a
-`ServerTransport` for each way it can be read; a sink makes one `PieceReader` for each link, with the transport that
-the source chose at the first message. Readers only ever write into the buffers they were given, only inside `read`.
+`ServerTransport` for each way it can be read; a sink makes one reader for each link, with the transport that the
+source chose at the first message. There are three kinds of reader, by what can be done with the source's memory:
+
+  PieceReader    the CPU brings each piece to an address of host memory (shared memory, TCP)
+  MappedReader   the source's memory is within reach of the sink's device (CUDA IPC): its kernels read it in place
+  StageReader    pieces arrive packed in a buffer on the sink's device (NCCL), from where they are scattered
+
+`kv_transfer.copier` says which kinds can fill which kind of memory. Readers only ever write into the buffers that
+they were given, only inside the call.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:  # the host path never loads it
+    from torch import Tensor
 
 LINK_ID_BYTES = 16
 LINK_KEY_BYTES = 48  # link id, then a secret known to the two ends of the link alone
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Final pieces of consecutive blocks of one layer group, as one announcement has them or a part of it.
+
+    `checksums`: one for each piece, or none at all where the bytes pass through no CPU (`ServerTransport.checksums`).
+    """
+
+    layer_group: int
+    first_block: int  # in the order of the lease
+    num_blocks: int
+    checksums: Sequence[int] = ()
+    num_failures: int = 0  # times it was tried in vain
+
+    def part(self, start: int, stop: int, num_more_failures: int = 0) -> "Run":
+        """Its pieces from `start` to before `stop`, counted from its first."""
+        return Run(
+            self.layer_group,
+            self.first_block + start,
+            stop - start,
+            self.checksums[start:stop],
+            self.num_failures + num_more_failures,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +63,7 @@ Arrived = Callable[[memoryview], None]
 PART_BYTES = 256 << 10
 
 
+@runtime_checkable
 class PieceReader(Protocol):
     """The sink's end. `read` is called from several copy threads at once; `close` when none runs any more."""
 
@@ -45,10 +80,54 @@ class PieceReader(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class MappedReader(Protocol):
+    """The sink's end where kernels of the sink's device can read the source's memory.
+
+    The memory stays readable until `close`, however the source ends; what its bytes mean is only known afterwards,
+    when the source confirms that the lease held. `close` is called when no copy runs any more.
+    """
+
+    name: str
+
+    @property
+    def memory(self) -> "Tensor":
+        """uint8 [size of the source's memory], contiguous. Read only."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class StageReader(Protocol):
+    """The sink's end where pieces arrive packed. Called from several copy threads at once, each with its own stage.
+
+    `close` is called when none runs any more.
+    """
+
+    name: str
+    batch_bytes: int  # about how much to ask for in one call; a stage may be smaller
+
+    def read_into(self, lease_id: str, runs: Sequence[Run], sizes: Sequence[int], stage: "Tensor", stop: Event) -> None:
+        """Fill `stage`, uint8 [exactly the bytes of all pieces], with the pieces in order, without gaps.
+
+        `sizes`: the bytes of one piece of each run. Blocking: when it returns, the bytes are in the device's memory,
+        final and visible to work that is submitted to any stream afterwards. When it raises, nothing may write into
+        the stage any more: it is used for something else at once. Raise TransferError when it cannot be done, when
+        the peer is silent beyond the transport's own deadline, or soon after `stop` is set.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+Reader = PieceReader | MappedReader | StageReader
+
+
 class SinkTransport(Protocol):
     name: str
 
-    def connect(self, address: str, key: bytes, size: int) -> PieceReader:
+    def connect(self, address: str, key: bytes, size: int) -> Reader:
         """Blocking. `size`: bytes of the source's memory. Raise TransferError when the source cannot be read so."""
         ...
 
@@ -73,9 +152,18 @@ class ReadGuard(Protocol):
 
 
 class ServerTransport(Protocol):
-    """The source's end."""
+    """The source's end.
+
+    One that sends from a device's memory packs the pieces of a request with `CopyStream.run(memory.tensor, stage,
+    packed(ranges), stop)` (kv_transfer/copy_stream.py), where `ranges` is what `ReadGuard.begin_read` gave.
+    """
 
     name: str
+
+    @property
+    def checksums(self) -> bool:
+        """Whether the bytes pass through a CPU, so that announcements carry the checksum of every piece."""
+        ...
 
     @property
     def address(self) -> str: ...

@@ -5,20 +5,25 @@ For tests and for colocated roles. The registry is an ordinary dict, handed to b
 
 from collections.abc import MutableMapping, Sequence
 from threading import Event
+from typing import TYPE_CHECKING
 
 from engine.errors import TransferError
-from engine.kv.memory import HostMemory
-from kv_transfer.transports.base import Arrived, Fetch, ReadGuard
+from engine.kv.memory import HostMemory, KvMemory
+from kv_transfer.transports.base import Arrived, Fetch, Reader, ReadGuard
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "loopback"
 
-Registry = MutableMapping[str, HostMemory]
+Registry = MutableMapping[str, KvMemory]
 
 
 class LoopbackServer:
     name = NAME
 
-    def __init__(self, memory: HostMemory, registry: Registry, address: str) -> None:
+    def __init__(self, memory: KvMemory, registry: Registry, address: str) -> None:
+        self.checksums = isinstance(memory, HostMemory)
         self._memory = memory
         self._registry = registry
         self.address = address
@@ -42,11 +47,16 @@ class LoopbackSink:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    def connect(self, address: str, key: bytes, size: int) -> "LoopbackReader":  # noqa: ARG002
+    def connect(self, address: str, key: bytes, size: int) -> Reader:  # noqa: ARG002
         memory = self._registry.get(address)
         if memory is None or memory.size != size:
             raise TransferError("the source's memory is not in this process", retryable=True)
-        return LoopbackReader(memory)
+        if isinstance(memory, HostMemory):
+            return LoopbackReader(memory)
+        from engine.kv.device_memory import DeviceMemory  # loads torch
+
+        assert isinstance(memory, DeviceMemory), memory
+        return MappedLoopbackReader(memory.tensor[:size])
 
 
 class LoopbackReader:
@@ -62,6 +72,16 @@ class LoopbackReader:
                 raise TransferError("stopped", retryable=True)
             fetch.into[:] = self._memory.buffer[fetch.offset : fetch.offset + len(fetch.into)]
             arrived(fetch.into)
+
+    def close(self) -> None:
+        pass
+
+
+class MappedLoopbackReader:
+    name = NAME
+
+    def __init__(self, memory: "Tensor") -> None:
+        self.memory = memory
 
     def close(self) -> None:
         pass

@@ -31,6 +31,7 @@ def host_boot_id() -> str:
 
 class SharedMemoryServer:
     name = NAME
+    checksums = True
 
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory

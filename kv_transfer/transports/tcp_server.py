@@ -1,4 +1,5 @@
-"""The source's data port: sends pieces straight from the pool's memory file, without passing through Python.
+"""The source's data port: sends pieces straight from the pool's memory file, without passing through Python, or from
+device memory by way of a window of pinned memory for each connection.
 
 One thread accepts, one serves each connection. A connection belongs to one link, which its first message proves; it
 can read only final pieces of leases that this link has opened, and ends with the link. Every send holds the lease's
@@ -9,12 +10,12 @@ import hmac
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock, Thread
 from time import monotonic
 
 from engine.auth import challenge_response, check_bind
-from engine.kv.memory import HostMemory
+from engine.kv.memory import HostMemory, KvMemory
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import ReadGuard
 
@@ -25,15 +26,18 @@ REQUEST_S = 60.0  # a reader slower than that loses the connection, so a lease i
 HANDSHAKE_S = 2.0
 IDLE_TICK_S = 1.0  # how late a connection notices that its link is gone
 
+Send = Callable[[Sequence[tuple[int, int]], float], None]  # (offset, size) ranges, and until when
+
 
 class TcpServer:
     """`host` is bound, on `port` or a free one; `advertised_host` is what sinks on other machines connect to."""
 
     name = wire.NAME
+    checksums = True
 
     def __init__(
         self,
-        memory: HostMemory,
+        memory: KvMemory,
         *,
         host: str,
         token: str,
@@ -100,8 +104,9 @@ class TcpServer:
         try:
             wire.prepare(connection, IDLE_TICK_S)
             link_id = self._authenticate(connection)
+            send = self._sender(connection)
             while True:
-                self._answer(connection, link_id)
+                self._answer(connection, link_id, send)
         except (wire.Disconnected, OSError) as error:
             log.debug("data connection ended: %s", error)
         finally:
@@ -124,7 +129,7 @@ class TcpServer:
         wire.send(connection, wire.MAGIC, stop=stop)
         return bytes(link_id)
 
-    def _answer(self, connection: socket.socket, link_id: bytes) -> None:
+    def _answer(self, connection: socket.socket, link_id: bytes, send: Send) -> None:
         assert self._guard is not None
         guard = self._guard
 
@@ -145,19 +150,40 @@ class TcpServer:
         try:
             size = sum(size for _, size in ranges)
             wire.send(connection, wire.REPLY.pack(wire.OK, size), stop=over)
-            self._send(connection, _merge(ranges))
+            send(_merge(ranges), monotonic() + REQUEST_S)
         finally:
             guard.end_read(lease_id)
 
-    def _send(self, connection: socket.socket, ranges: Sequence[tuple[int, int]]) -> None:
-        end = monotonic() + REQUEST_S
-        for start, size in ranges:
+    def _sender(self, connection: socket.socket) -> Send:
+        memory, stop = self._memory, self._closing.is_set
+        if isinstance(memory, HostMemory):
+            return lambda ranges, end: _send_file(connection, memory.fd, ranges, stop, end)
+        from engine.kv.device_memory import DeviceMemory
+        from kv_transfer.staging import HostWindow  # loads torch
 
-            def send_some(num_sent: int, start: int = start, size: int = size) -> int:
-                wanted = min(SEND_BYTES, size - num_sent)
-                return os.sendfile(connection.fileno(), self._memory.fd, start + num_sent, wanted)
+        assert isinstance(memory, DeviceMemory), memory
+        window = HostWindow(memory)
+        return lambda ranges, end: _send_chunks(connection, window.chunks(ranges), stop, end)
 
-            wire.progress(send_some, size, stop=self._closing.is_set, end=end)
+
+def _send_file(
+    connection: socket.socket, fd: int, ranges: Sequence[tuple[int, int]], stop: Callable[[], bool], end: float
+) -> None:
+    for start, size in ranges:
+
+        def send_some(num_sent: int, start: int = start, size: int = size) -> int:
+            return os.sendfile(connection.fileno(), fd, start + num_sent, min(SEND_BYTES, size - num_sent))
+
+        wire.progress(send_some, size, stop=stop, end=end)
+
+
+def _send_chunks(connection: socket.socket, chunks: Iterator[memoryview], stop: Callable[[], bool], end: float) -> None:
+    for chunk in chunks:
+
+        def send_some(num_sent: int, chunk: memoryview = chunk) -> int:
+            return connection.send(chunk[num_sent : num_sent + SEND_BYTES])
+
+        wire.progress(send_some, len(chunk), stop=stop, end=end)
 
 
 def _merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

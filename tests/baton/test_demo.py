@@ -52,7 +52,7 @@ def test_transformers_loads_it_and_gives_the_same_greedy_tokens(demo_checkpoint)
 def test_the_demos_prompt_fills_several_blocks_and_chunks(demo_checkpoint):
     spec = demo_spec(demo_checkpoint, None, 0)
     num_tokens = len(load_tokenizer(demo_checkpoint).encode(TEXT))
-    assert num_tokens > 2 * spec.pool("prefill").scheduler.max_batch_tokens
+    assert num_tokens > 2 * spec.pool("prefill").max_batch_tokens
     assert num_tokens > spec.router.local_prefill_max_tokens + 10 * spec.block_size
     assert num_tokens < 1000
 

@@ -1,5 +1,6 @@
 """`LLM` with the engine in this process, against `transformers` on the same checkpoint."""
 
+import json
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from baton import LLM, InvalidRequest, SamplingParams
 from baton.outputs import Job, RequestOutput
 from engine.executors.base import TokenLogprobs
 from router.params import choice_seed
+from tests.cluster.conftest import LLAMA_CONFIG
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["The river", "A request enters, its prompt is read once, and every token", [300, 301, 302] * 40, "x"]
@@ -232,7 +234,7 @@ def test_random_jobs_from_several_threads_get_what_they_get_alone(llm):
 
 def test_an_engine_that_fails_fails_its_requests_and_later_ones(checkpoint, monkeypatch):
     with LLM(str(checkpoint), kv_cache_memory="1MiB", threads=1) as llm:
-        monkeypatch.setattr(llm._backend._executor, "step", lambda *_: 1 / 0)
+        monkeypatch.setattr(llm._backend._executor, "submit", lambda *_: 1 / 0)
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 llm.generate(["a", "b"], GREEDY)
@@ -264,3 +266,14 @@ def test_a_message_without_content_is_refused_by_name(llm):
 def test_importing_baton_loads_no_torch():
     code = "import sys, baton; from baton import LLM, SamplingParams, RequestOutput; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_random_weights_need_no_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    with LLM(str(tmp_path), load="dummy", device="cpu", kv_cache_memory="1MiB", threads=1) as llm:
+        text, ids = llm.generate(["The river", list(b"ids")], GREEDY)
+        assert len(text.prompt_token_ids) == 9
+        assert [len(output.outputs[0].token_ids) for output in (text, ids)] == [12, 12]
+        assert text.outputs[0].text
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        LLM(str(tmp_path), device="cpu")

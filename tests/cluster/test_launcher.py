@@ -104,6 +104,48 @@ def test_each_process_gets_the_spec_in_effect_and_its_threads(checkpoint: Path) 
     assert prepared["router"].log == Path("/run/logs/router.log")
 
 
+def gpus_of(spec: ClusterSpec, visible: str) -> dict[str, str | None]:
+    environ = {"CUDA_VISIBLE_DEVICES": visible}
+    spec = on_this_machine(spec, environ)
+    prepared = commands(spec, Path("/run/spec.yaml"), environ)
+    return {command.name: command.environ["CUDA_VISIBLE_DEVICES"] for command in prepared}
+
+
+def test_workers_are_spread_over_the_gpus_of_the_machine(checkpoint: Path) -> None:
+    spec = spec_for(checkpoint, prefill={"replicas": 2}, decode={"replicas": 3})
+    assert gpus_of(spec, "1,3,GPU-7") == {
+        "router": "1,3,GPU-7",
+        "prefill-0": "1",
+        "prefill-1": "3",
+        "decode-0": "GPU-7",
+        "decode-1": "1",
+        "decode-2": "3",
+    }
+    mixed = spec_for(checkpoint, prefill={"device": "cpu"}, decode={"replicas": 2})
+    assert gpus_of(mixed, "0,1") == {"router": "0,1", "prefill-0": "0,1", "decode-0": "0", "decode-1": "1"}
+
+
+@pytest.mark.parametrize(("visible", "fraction"), [("0", 0.3), ("0,1", 0.45), ("0,1,2", 0.9), ("0,1,2,3", 0.9)])
+def test_workers_on_one_gpu_share_its_memory(checkpoint: Path, visible: str, fraction: float) -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": visible}
+    spec = on_this_machine(spec_for(checkpoint, decode={"replicas": 2}), environ)
+    assert spec.pool("decode", "cuda").gpu_memory_fraction == fraction
+    given = on_this_machine(spec_for(checkpoint, gpu_memory_fraction=0.2), environ)
+    assert given.pool("prefill", "cuda").gpu_memory_fraction == 0.2
+
+
+def test_shares_beyond_a_whole_gpu_are_refused(checkpoint: Path) -> None:
+    spec = spec_for(checkpoint, gpu_memory_fraction=0.5, decode={"gpu_memory_fraction": 0.6})
+    assert on_this_machine(spec, {"CUDA_VISIBLE_DEVICES": "0,1"}).pool("decode").gpu_memory_fraction == 0.6
+    with pytest.raises(SpecError, match=r"gpu_memory_fraction: 1\.10 in all for the workers on GPU 0"):
+        on_this_machine(spec, {"CUDA_VISIBLE_DEVICES": "0"})
+
+
+def test_workers_on_the_cpu_get_no_share_of_a_gpu(checkpoint: Path) -> None:
+    spec = on_this_machine(spec_for(checkpoint, device="cpu"), {"CUDA_VISIBLE_DEVICES": "0"})
+    assert spec.gpu_memory_fraction is None
+
+
 def test_a_fixed_port_serves_one_worker_a_machine(checkpoint: Path) -> None:
     with pytest.raises(SpecError, match=r"prefill\.port: 7000 is not allowed with 2 workers"):
         on_this_machine(spec_for(checkpoint, prefill={"port": 7000, "replicas": 2}), {})

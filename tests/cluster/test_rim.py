@@ -10,7 +10,7 @@ from cluster.addresses import free_port, reachable_host
 from cluster.checkpoint import resolve_model
 from cluster.credentials import read_api_key, read_token
 from cluster.run_dir import locked, prepare_run_dir, with_run_dir
-from cluster.spec import ClusterSpec
+from cluster.spec import ClusterSpec, Load
 from cluster.spec_errors import SpecError
 from cluster.spec_file import parse_spec
 
@@ -133,6 +133,22 @@ def test_a_hub_that_cannot_be_reached_is_said_so(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SpecError, match=r"model: 'org/name' .*cannot be reached"):
         resolve_model("org/name")
+
+
+@pytest.mark.parametrize(("load", "weights"), [("auto", True), ("dummy", False)])
+def test_random_weights_need_no_download_of_others(
+    load: Load, weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def download(model: str, allow_patterns: list[str]) -> str:
+        asked.extend([model, *allow_patterns])
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_model("org/name", load) == tmp_path
+    assert ("*.safetensors" in asked) == weights
+    assert {"org/name", "*.json"} <= set(asked)
 
 
 def test_a_name_the_hub_could_not_have_is_said_so() -> None:

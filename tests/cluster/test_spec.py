@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.spec import ClusterSpec, format_size, parse_size, threads_per_worker, worker_id
+from cluster.spec import ClusterSpec, check_device, format_size, parse_size, threads_per_worker, worker_id
 from cluster.spec_errors import SpecError
 from cluster.spec_file import explained_yaml, load_spec, parse_spec, plain_data, save_spec
 
@@ -21,7 +21,7 @@ def test_a_model_alone_is_a_whole_cluster(tmp_path: Path) -> None:
     spec = load_spec(path)
     assert (spec.prefill.replicas, spec.decode.replicas, spec.router.port) == (1, 1, 8000)
     assert spec.public_model_name == "org/name"
-    assert spec.kv_cache.memory == 1 << 30
+    assert spec.pool("decode").kv_memory == 1 << 30
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,20 @@ def test_a_model_alone_is_a_whole_cluster(tmp_path: Path) -> None:
         ({"decode": {"replicas": 0}}, ["decode.replicas", "0", "at least 1"]),
         ({"transfer": {"lease_s": 2, "silence_s": 2}}, ["transfer.lease_s", "2", "more than transfer.silence_s"]),
         ({"prefill": {"engine": "simulated"}}, ["prefill.engine", "'simulated'", "decode.engine", "'torch'"]),
-        ({"decode": {"scheduler": {"max_num_seqs": 999}}}, ["decode", "max_num_seqs 999", "max_batch_tokens", "512"]),
+        (
+            {"scheduler": {"max_batch_tokens": 512}, "decode": {"scheduler": {"max_num_seqs": 999}}},
+            ["decode", "max_num_seqs 999", "max_batch_tokens", "512"],
+        ),
+        ({"device": "gpu"}, ["device", "'gpu'", "auto, cpu, cuda"]),
+        ({"load": "random"}, ["load", "'random'", "auto, dummy"]),
+        ({"quantization": "int4"}, ["quantization", "'int4'", "fp8, or null"]),
+        ({"gpu_memory_fraction": 1.5}, ["gpu_memory_fraction", "1.5", "up to 1", "or null"]),
+        ({"kv_cache": {"dtype": "int8"}}, ["kv_cache.dtype", "'int8'", "auto, fp8"]),
+        ({"transfer": {"transport": "rdma"}}, ["transfer.transport", "'rdma'", "cuda_ipc, nccl"]),
+        (
+            {"prefill": {"kv_cache": {"dtype": "fp8"}}},
+            ["prefill.kv_cache.dtype", "'fp8'", "decode.kv_cache.dtype", "'auto'"],
+        ),
         (
             {"max_model_len": 100, "decode": {"kv_cache": {"num_blocks": 6}}},
             ["decode", "num_blocks 6", "max_model_len 100", "7 blocks"],
@@ -100,10 +113,69 @@ def test_a_pool_inherits_what_it_does_not_name() -> None:
         }
     )
     prefill, decode = spec.pool("prefill"), spec.pool("decode")
-    assert (prefill.block_size, prefill.scheduler.max_batch_tokens, prefill.scheduler.max_num_seqs) == (32, 2048, 7)
-    assert (prefill.kv_cache.memory, prefill.kv_cache.num_blocks) == (2 << 20, None)
-    assert (decode.block_size, decode.scheduler.max_batch_tokens, decode.kv_cache.num_blocks) == (16, 100, 50)
+    assert (prefill.block_size, prefill.max_batch_tokens, prefill.max_num_seqs) == (32, 2048, 7)
+    assert (prefill.kv_memory, prefill.num_blocks) == (2 << 20, None)
+    assert (decode.block_size, decode.max_batch_tokens, decode.num_blocks) == (16, 100, 50)
     assert (prefill.host, decode.host) == ("127.0.0.1", "127.0.0.2")
+
+
+def test_a_pool_s_own_size_of_the_kv_cache_keeps_the_dtype_of_all() -> None:
+    spec = parse_spec(
+        {
+            "model": "tiny",
+            "device": "cuda",
+            "kv_cache": {"num_blocks": 50, "dtype": "fp8"},
+            "decode": {"kv_cache": {"memory": "2MiB"}},
+        }
+    )
+    prefill, decode = spec.pool("prefill"), spec.pool("decode")
+    assert (prefill.num_blocks, prefill.kv_dtype) == (50, "fp8")
+    assert (decode.num_blocks, decode.kv_memory, decode.kv_dtype) == (None, 2 << 20, "fp8")
+
+
+def test_what_a_spec_leaves_open_the_device_decides() -> None:
+    spec = parse_spec({"model": "tiny", "decode": {"device": "cpu"}, "prefill": {"gpu_memory_fraction": 0.5}})
+    on_cpu, on_gpu = spec.pool("prefill", "cpu"), spec.pool("prefill", "cuda")
+    assert (on_cpu.device, on_cpu.max_batch_tokens, on_cpu.max_num_seqs, on_cpu.kv_memory) == ("cpu", 512, 64, 1 << 30)
+    assert (on_gpu.device, on_gpu.max_batch_tokens, on_gpu.max_num_seqs, on_gpu.kv_memory) == ("cuda", 8192, 256, None)
+    assert on_gpu.gpu_memory_fraction == 0.5
+    assert spec.pool("decode", "cuda").device == "cpu"
+    assert parse_spec({"model": "tiny", "engine": "simulated"}).pool("decode", "cuda").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ({"max_num_seqs": 1000}, (1000, 1000)),
+        ({"max_batch_tokens": 32}, (32, 32)),
+        ({"max_batch_tokens": 2048}, (2048, 64)),
+        ({"max_num_seqs": 8, "max_batch_tokens": 9}, (9, 8)),
+    ],
+)
+def test_the_limit_not_given_makes_room_for_the_one_given(given: dict[str, int], limits: tuple[int, int]) -> None:
+    pool = parse_spec({"model": "tiny", "scheduler": given}).pool("decode", "cpu")
+    assert (pool.max_batch_tokens, pool.max_num_seqs) == limits
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"device": "cpu", "transfer": {"transport": "cuda_ipc"}}, "transfer.transport: 'cuda_ipc' is not allowed"),
+        ({"device": "cpu", "transfer": {"transport": "nccl"}}, "transfer.transport: 'nccl' is not allowed"),
+        ({"device": "cuda", "transfer": {"transport": "shared_memory"}}, "transfer.transport: 'shared_memory' is not"),
+        ({"engine": "simulated", "transfer": {"transport": "nccl"}}, "transfer.transport: 'nccl' is not allowed"),
+        ({"device": "cpu", "kv_cache": {"dtype": "fp8"}}, "kv_cache.dtype 'fp8' is not allowed on device cpu"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused(fields: dict[object, object], expected: str) -> None:
+    found = problems(fields)
+    assert len(found) == 2
+    assert all(expected in problem for problem in found), found
+    if "device" in fields:  # left open, only the worker's process knows
+        spec = parse_spec({"model": "tiny"} | fields | {"device": "auto"})
+        wrong, right = ("cuda", "cpu") if fields["device"] == "cuda" else ("cpu", "cuda")
+        assert expected in next(check_device(spec, spec.pool("decode", wrong)))
+        assert list(check_device(spec, spec.pool("decode", right))) == []
 
 
 def test_cores_are_shared_among_the_workers_of_the_machine() -> None:

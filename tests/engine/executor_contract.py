@@ -8,11 +8,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from engine.executors.base import Batch, Chunk, Executor, SampleSpec, StepResult
+from engine.kv.device_memory import DeviceMemory
+from engine.kv.memory import HostMemory
 from engine.request import RequestId, SamplingParams
 
 NUM_NEW = 8
+
+
+def read_block(executor: Executor, block: int) -> bytes:
+    if isinstance(executor.memory, HostMemory):
+        return bytes(executor.memory.block(block))
+    return bytes(_device_block(executor, block).cpu().numpy())
+
+
+def write_block(executor: Executor, block: int, content: bytes) -> None:
+    if isinstance(executor.memory, HostMemory):
+        executor.memory.block(block)[:] = content
+    else:
+        _device_block(executor, block).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+
+def _device_block(executor: Executor, block: int) -> torch.Tensor:
+    assert isinstance(executor.memory, DeviceMemory)
+    size = executor.layout.block_bytes
+    return executor.memory.tensor[block * size : (block + 1) * size]
 
 
 @dataclass
@@ -66,7 +88,7 @@ def step(
 ) -> StepResult:
     greedy = SamplingParams(temperature=0.0, max_tokens=100, **params)  # type: ignore[arg-type]
     batch = Batch([run.chunk(size, greedy) for run, size in zip(runs, sizes, strict=True)])
-    result = runs[0].executor.step(batch, on_group_done)
+    result = runs[0].executor.submit(batch, on_group_done).result()
     assert len(result.sampled) == len(result.prompt_logprobs) == len(runs)
     for run, sampled in zip(runs, result.sampled, strict=True):
         assert (sampled is None) == (run.num_computed < len(run.token_ids))
@@ -133,19 +155,19 @@ def check_moved_kv_goes_on_elsewhere(executor: Executor) -> None:
     step([run], [37])
     moved = [block + 20 for block in reversed(run.block_ids)]
     for old, new in zip(run.block_ids, moved, strict=True):
-        executor.memory.block(new)[:] = executor.memory.block(old)
-        executor.memory.block(old)[:] = bytes(executor.layout.block_bytes)
+        write_block(executor, new, read_block(executor, old))
+        write_block(executor, old, bytes(executor.layout.block_bytes))
     run.block_ids = moved
     assert decode(run) == [whole]
 
 
 def check_only_its_own_blocks_are_written(executor: Executor) -> None:
     for block in range(executor.memory.num_blocks):
-        executor.memory.block(block)[:] = b"\x11" * executor.layout.block_bytes
+        write_block(executor, block, b"\x11" * executor.layout.block_bytes)
     run = start(executor, prompt_of(executor, 20), first_block=3, scattered=True)
     decode(run)
     for block in set(range(executor.memory.num_blocks)) - set(run.block_ids):
-        assert bytes(executor.memory.block(block)) == b"\x11" * executor.layout.block_bytes, block
+        assert read_block(executor, block) == b"\x11" * executor.layout.block_bytes, block
 
 
 def check_groups_are_announced_in_order_when_their_kv_is_final(executor: Executor) -> None:
@@ -157,7 +179,7 @@ def check_groups_are_announced_in_order_when_their_kv_is_final(executor: Executo
     def pieces(group: int) -> list[bytes]:
         first = executor.layer_groups[group - 1] if group else 0
         span = slice(first * layout.layer_bytes, executor.layer_groups[group] * layout.layer_bytes)
-        return [bytes(executor.memory.block(block)[span]) for block in used]
+        return [read_block(executor, block)[span] for block in used]
 
     step([run], [37], lambda group: seen.append((group, pieces(group))))
     assert [group for group, _ in seen] == list(range(len(executor.layer_groups)))

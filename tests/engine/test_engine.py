@@ -1,6 +1,7 @@
 """The engine over an instant executor: the life of a request, finish reasons, retries, preemption, leaks."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +31,14 @@ def make_request(name: str, num_tokens: int = 5, *, first: int = 20, priority: i
     return Request(RequestId(name), token_ids, num_tokens, SamplingParams(**params), seed=1, priority=priority)
 
 
-def step(engine: Engine) -> list[TokenOutput]:
+def step(engine: Engine, held: Sequence[BlockId] = ()) -> list[TokenOutput]:
+    """One turn of the worker loop. `held`: blocks that others hold."""
     scheduled = engine.schedule()
-    outputs = [] if scheduled is None else engine.run(scheduled)
-    engine.check_invariants()
+    if scheduled is not None:
+        engine.start(scheduled)
+    engine.check_invariants(held)
+    outputs = engine.collect() if scheduled is None or not engine.can_start else []
+    engine.check_invariants(held)
     return outputs
 
 
@@ -334,15 +339,18 @@ def test_group_announcements_reach_the_caller() -> None:
     assert groups == [0]
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
-def test_every_request_finishes_with_the_right_tokens_whatever_happens_around_it(seed: int) -> None:
-    """Tiny pool, random arrivals, priorities, cancellations, leases of strangers that come and go, and retries."""
+def test_every_request_finishes_with_the_right_tokens_whatever_happens_around_it(seed: int, max_in_flight: int) -> None:
+    """Tiny pool, random arrivals, priorities, end tokens, cancellations, and strangers that write into their blocks."""
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4])
-    engine, _ = make_engine(
+    engine, executor = make_engine(
         num_blocks=24 // block_size,
         block_size=block_size,
         vocab_size=100,
+        eos_token_ids=tuple(range(90, 100)),
+        max_in_flight=max_in_flight,
         max_num_seqs=rng.choice([1, 3, 6]),
         max_batch_tokens=rng.choice([6, 16]),
     )
@@ -354,7 +362,8 @@ def test_every_request_finishes_with_the_right_tokens_whatever_happens_around_it
         for _ in range(rng.randrange(2)):
             name = f"r{len(expected)}"
             request = make_request(name, rng.randrange(1, 12), first=rng.choice([10, 10, 40]), max_tokens=1)
-            params = SamplingParams(max_tokens=rng.randrange(1, 11))
+            penalty = rng.choice([0.0, 0.0, 0.0, 1.0])
+            params = SamplingParams(max_tokens=rng.randrange(1, 11), presence_penalty=penalty)
             request = replace(request, params=params, priority=rng.choice([0, 0, 1]))
             expected[name] = undisturbed_on(engine, request)
             engine.submit(request)
@@ -364,12 +373,13 @@ def test_every_request_finishes_with_the_right_tokens_whatever_happens_around_it
                 cancelled.add(name)
         if rng.random() < 0.2 and (blocks := engine.kv.allocate(rng.randrange(4))) is not None:
             strangers.append(blocks)
+            for block in blocks:
+                executor.memory.block(block)[:] = rng.randbytes(executor.layout.block_bytes)
         if strangers and (rng.random() < 0.3 or i == 149):
             engine.kv.release(strangers.pop(rng.randrange(len(strangers))))
-        scheduled = engine.schedule()
-        for output in [] if scheduled is None else engine.run(scheduled):
+        held = [block for blocks in strangers for block in blocks]
+        for output in step(engine, held):
             outputs.setdefault(output.request_id, []).append(output)
-        engine.check_invariants([block for blocks in strangers for block in blocks])
     for blocks in strangers:
         engine.kv.release(blocks)
     for name, rest in finish(engine).items():
@@ -383,16 +393,24 @@ def test_every_request_finishes_with_the_right_tokens_whatever_happens_around_it
 def undisturbed_on(engine: Engine, request: Request) -> list[int]:
     """What an engine of the same sizes gives with nothing else to do."""
     layout = engine.executor.layout
-    alone, _ = make_engine(num_blocks=engine.kv.num_blocks, block_size=layout.block_size, vocab_size=100)
+    alone, _ = make_engine(
+        num_blocks=engine.kv.num_blocks,
+        block_size=layout.block_size,
+        vocab_size=100,
+        eos_token_ids=engine.executor.eos_token_ids,
+    )
     alone.submit(request)
     return tokens(finish(alone)[request.id])
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_nobody_starves_requests_of_one_priority_are_admitted_in_order(seed: int) -> None:
+def test_nobody_starves_requests_of_one_priority_are_admitted_in_order(seed: int, max_in_flight: int) -> None:
     """A stream of short prompts never overtakes a long one that came before, however small the pool."""
     rng = random.Random(seed)
-    engine, _ = make_engine(num_blocks=12, block_size=2, max_num_seqs=4, max_batch_tokens=8)
+    engine, _ = make_engine(
+        num_blocks=12, block_size=2, max_num_seqs=4, max_batch_tokens=8, max_in_flight=max_in_flight
+    )
     admitted: dict[int, list[int]] = {0: [], 1: []}
     num_submitted = num_finished = num_preempted = 0
     while engine.has_work or num_submitted < 200:
@@ -402,14 +420,65 @@ def test_nobody_starves_requests_of_one_priority_are_admitted_in_order(seed: int
             engine.submit(replace(request, priority=int(rng.random() < 0.1)))
             num_submitted += 1
         scheduled = engine.schedule()
-        if scheduled is None:
-            continue
-        num_preempted += len(scheduled.preempted)
-        for sequence in scheduled.started:
-            if sequence.num_preemptions == 0:
-                admitted[sequence.request.priority].append(int(sequence.request.id))
-        num_finished += sum(output.finish_reason is not None for output in engine.run(scheduled))
+        if scheduled is not None:
+            num_preempted += len(scheduled.preempted)
+            for sequence in scheduled.started:
+                if sequence.num_preemptions == 0:
+                    admitted[sequence.request.priority].append(int(sequence.request.id))
+            engine.start(scheduled)
+        if scheduled is None or not engine.can_start:
+            num_finished += sum(output.finish_reason is not None for output in engine.collect())
     assert num_finished == len(admitted[0]) + len(admitted[1]) == 200
     assert num_preempted
     for ids in admitted.values():
         assert ids == sorted(ids)
+
+
+def test_the_next_step_is_planned_before_the_tokens_of_the_last_are_known() -> None:
+    engine, executor = make_engine(max_in_flight=2)
+    request = make_request("a", 5, max_tokens=4)
+    engine.submit(request)
+    turns = [step(engine) for _ in range(5)]
+    assert [len(outputs) for outputs in turns] == [0, 1, 1, 1, 1]
+    assert [output.token_id for outputs in turns for output in outputs] == undisturbed(request)
+    assert executor.steps == [[("a", 0, 5)], [("a", 5, 1)], [("a", 6, 1)], [("a", 7, 1)]]
+    assert not engine.has_work
+
+
+def test_a_token_computed_after_an_end_token_is_never_seen_and_its_blocks_return_after_it() -> None:
+    engine, executor = make_engine(
+        max_in_flight=2, num_blocks=8, eos_token_ids=(500,), choose=lambda chunk: 500 if chunk.end == 6 else 30
+    )
+    engine.submit(make_request("a", 5, max_tokens=40))
+    step(engine)
+    step(engine)
+    outputs = step(engine)
+    assert [output.finish_reason for output in outputs] == [FinishReason.STOP]
+    assert engine.num_in_flight == 1
+    assert engine.kv.num_free < engine.kv.num_blocks
+    assert step(engine) == []
+    assert engine.kv.num_free == engine.kv.num_blocks
+    assert executor.steps[-1] == [("a", 6, 1)]
+
+
+def test_a_penalty_waits_for_the_tokens_it_counts() -> None:
+    seen: list[int] = []
+
+    def choose(chunk: Chunk) -> None:
+        assert chunk.sample is not None
+        seen.append(len(chunk.sample.token_ids) - chunk.end)
+
+    engine, _ = make_engine(max_in_flight=2, choose=choose)
+    engine.submit(make_request("a", 5, max_tokens=6, frequency_penalty=0.5))
+    finish(engine)
+    assert seen == [0] * 6
+
+
+def test_a_prompt_to_be_handed_over_is_not_decoded_meanwhile() -> None:
+    engine, executor = make_engine(max_in_flight=2)
+    engine.submit(make_request("a", 5), decodes=False)
+    assert step(engine) == []
+    assert len(step(engine)) == 1
+    engine.kv.release(engine.detach(RequestId("a")))
+    assert executor.steps == [[("a", 0, 5)]]
+    assert engine.kv.num_free == engine.kv.num_blocks

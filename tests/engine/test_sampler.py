@@ -11,11 +11,15 @@ import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from engine import sampler
-from engine.executors.base import SampleSpec
+from engine.executors.base import Sampled, SampleSpec
 from engine.request import SamplingParams
-from engine.sampler import prompt_logprobs, sample, uniform
+from engine.sampler import prompt_logprobs, uniform
 
 VOCAB = 97
+
+
+def sample(logits: torch.Tensor, specs: list[SampleSpec]) -> list[Sampled]:
+    return sampler.sample(logits, specs, [len(spec.token_ids) for spec in specs]).read()
 
 
 def spec(seed: int = 0, token_ids: tuple[int, ...] = (1, 2, 3), num_prompt: int = 2, **params: Any) -> SampleSpec:

@@ -40,9 +40,11 @@ class Bench:
     def compute(self, plan: Plan) -> None:
         for sequence, num_tokens in plan.work:
             sequence.num_computed_tokens += num_tokens
-            sequence.extend_hashes(SIZE)
-            self.kv.store(sequence.token_ids, sequence.hashes, sequence.block_ids, sequence.num_computed_tokens)
+            done = sequence.num_computed_tokens
+            sequence.extend_hashes(SIZE, done)
+            self.kv.release(self.kv.store(sequence.token_ids, sequence.hashes, sequence.block_ids, done))
             if sequence.num_computed_tokens == sequence.num_tokens:
+                sequence.num_pending += 1
                 sequence.append(7)
 
     def finish(self, sequence: Sequence) -> None:

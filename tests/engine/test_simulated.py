@@ -25,7 +25,7 @@ def chunk(num_tokens: int, start: int = 0, *, banned: tuple[int, ...] = ()) -> C
 
 def tokens(config: SimulatedConfig, *, banned: tuple[int, ...] = ()) -> list[int]:
     executor = SimulatedExecutor(config, lambda _seconds: None)
-    sampled = [executor.step(Batch([chunk(n, banned=banned)])).sampled[0] for n in range(1, 101)]
+    sampled = [executor.submit(Batch([chunk(n, banned=banned)])).result().sampled[0] for n in range(1, 101)]
     executor.close()
     return [each.token_id for each in sampled if each is not None]
 
@@ -40,7 +40,7 @@ def test_a_step_lets_exactly_that_time_pass_before_its_kv_is_announced() -> None
     clock = FakeClock(0.0)
     executor = SimulatedExecutor(CONFIG, clock.sleep)
     announced: list[float] = []
-    executor.step(Batch([chunk(50)]), lambda _group: announced.append(clock.now))
+    executor.submit(Batch([chunk(50)]), lambda _group: announced.append(clock.now)).result()
     assert announced == [clock.now] == [pytest.approx(0.06)]
     executor.close()
 
@@ -68,10 +68,10 @@ def test_a_range_of_no_tokens_is_refused() -> None:
 def test_a_wrong_block_gives_wrong_tokens(half: str) -> None:
     """Keys of the last positions are read for every token, values of all positions by turns."""
     executor = SimulatedExecutor(CONFIG, lambda _seconds: None)
-    executor.step(Batch([chunk(100)]))
+    executor.submit(Batch([chunk(100)])).result()
     right = [next_token(executor, num_tokens) for num_tokens in range(100, 128)]
     for block in range(25) if half == "values" else (23, 24):
-        executor.step(Batch([chunk(100)]))
+        executor.submit(Batch([chunk(100)])).result()
         piece = executor.memory.block(block)[:16] if half == "keys" else executor.memory.block(block)[16:]
         piece[:] = bytes(16)
         assert [next_token(executor, num_tokens) for num_tokens in range(100, 128)] != right, block
@@ -79,6 +79,6 @@ def test_a_wrong_block_gives_wrong_tokens(half: str) -> None:
 
 
 def next_token(executor: SimulatedExecutor, num_tokens: int) -> int:
-    sampled = executor.step(Batch([chunk(1, num_tokens - 1)])).sampled[0]
+    sampled = executor.submit(Batch([chunk(1, num_tokens - 1)])).result().sampled[0]
     assert sampled is not None
     return sampled.token_id

@@ -20,7 +20,7 @@ from engine.errors import InvalidRequest
 from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 from engine.request import FinishReason, Request, RequestId, SamplingParams
 from engine.scheduler import SchedulerConfig
-from kv_transfer.copier import Copier
+from kv_transfer.host_copier import HostCopier
 from router.dispatcher import DispatcherConfig
 from router.generation import DeadlineExceeded, GenerationStream
 from router.session import SessionConfig
@@ -226,14 +226,14 @@ async def test_a_pull_that_breaks_in_an_unforeseen_way_costs_an_attempt_not_the_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompt, broken = prompt_of(64, 5), iter([True])
-    fetch = Copier.fetch
+    fetch = HostCopier.fetch
 
-    def break_once(self: Copier, *args: Any) -> Any:
+    def break_once(self: HostCopier, *args: Any) -> Any:
         if next(broken, False):
             raise ValueError("unforeseen")
         return fetch(self, *args)
 
-    monkeypatch.setattr(Copier, "fetch", break_once)
+    monkeypatch.setattr(HostCopier, "fetch", break_once)
     async with running_cluster(executor) as cluster:
         stream = cluster.start(prompt, PARAMS)
         tokens = [token for delta in [d async for d in stream] for token in delta.token_ids]

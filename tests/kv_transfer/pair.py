@@ -9,15 +9,17 @@ from threading import Event
 
 import grpc
 import numpy as np
+import torch
 
 from engine.auth import TokenInterceptor
 from engine.errors import TransferError
+from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
 from engine.kv.memory import HostMemory
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink, SinkConfig
 from kv_transfer.source import KvSource, SourceConfig
-from kv_transfer.transports.base import Arrived, Fetch, PieceReader, ServerTransport, SinkTransport
+from kv_transfer.transports.base import LINK_ID_BYTES, Arrived, Fetch, PieceReader, Run, ServerTransport, SinkTransport
 from kv_transfer.transports.loopback import LoopbackServer, LoopbackSink
 from kv_transfer.transports.shared_memory import SharedMemoryServer, SharedMemorySink, host_boot_id
 from kv_transfer.transports.tcp import TcpSink
@@ -28,6 +30,12 @@ GROUPS = (1, 4)
 NUM_BLOCKS = 64
 TOKEN = "a token"
 TRANSPORTS = ("loopback", "shared_memory", "tcp")
+Memory = HostMemory | DeviceMemory
+MEMORIES: dict[str, Callable[[KvLayout, int], Memory]] = {
+    "host": HostMemory,
+    "device": lambda layout, num_blocks: DeviceMemory(layout, num_blocks, torch.device("cpu"), spare_blocks=1),
+    "cuda": lambda layout, num_blocks: DeviceMemory(layout, num_blocks, torch.device("cuda:0"), spare_blocks=1),
+}
 FIRST_TOKEN = 42
 
 
@@ -37,8 +45,8 @@ class Pair:
     sink: KvSink
     server: grpc.aio.Server
     address: str
-    source_memory: HostMemory
-    sink_memory: HostMemory
+    source_memory: Memory
+    sink_memory: Memory
     released: list[tuple[str, list[int]]] = field(default_factory=list)
     _next_block: int = 0
 
@@ -82,9 +90,20 @@ class Pair:
         return all((kv[block] == -1).all() for block in range(len(kv)) if block not in except_blocks)
 
 
-def tokens(memory: HostMemory) -> np.ndarray:
+def content(memory: Memory) -> bytes:
+    return bytes(memory.buffer if isinstance(memory, HostMemory) else memory.tensor[: memory.size].cpu().numpy())
+
+
+def fill(memory: Memory, data: bytes) -> None:
+    if isinstance(memory, HostMemory):
+        memory.buffer[:] = data
+    else:
+        memory.tensor[: memory.size].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
+def tokens(memory: Memory) -> np.ndarray:
     """A copy, so that nothing keeps the memory."""
-    return np.frombuffer(bytes(memory.buffer), np.int32).reshape(memory.layout.shape(memory.num_blocks))
+    return np.frombuffer(content(memory), np.int32).reshape(memory.layout.shape(memory.num_blocks))
 
 
 async def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
@@ -125,6 +144,62 @@ class FaultyReader:
         self._inner.close()
 
 
+class StagedTransport:
+    """A StageReader: packs pieces of a memory in this process into the stage. `fault(number of the call)` comes first.
+
+    As a server it is a loopback of another name, whose announcements carry no checksums.
+    """
+
+    name = "staged"
+    checksums = False
+    address = ""
+    batch_bytes = 3000
+
+    def __init__(self, memory: Memory, fault: Callable[[int], None] = lambda _: None) -> None:
+        self._memory = memory
+        self.fault = fault
+        self.num_calls = 0
+        self.num_closed = 0
+
+    def reaches(self, boot_id: str) -> bool:  # noqa: ARG002
+        return True
+
+    def start(self, guard: object) -> None:
+        self._guard = guard
+
+    def key(self, link_key: bytes) -> bytes:
+        return link_key
+
+    def connect(self, address: str, key: bytes, size: int) -> "StagedTransport":  # noqa: ARG002
+        self._link_id = key[:LINK_ID_BYTES]
+        return self
+
+    def read_into(
+        self,
+        lease_id: str,
+        runs: Sequence[Run],
+        sizes: Sequence[int],
+        stage: torch.Tensor,
+        stop: Event,  # noqa: ARG002
+    ) -> None:
+        self.num_calls += 1
+        self.fault(self.num_calls)
+        pieces = [(run.layer_group, run.first_block + i) for run in runs for i in range(run.num_blocks)]
+        ranges = self._guard.begin_read(self._link_id, lease_id, pieces)
+        if ranges is None:
+            raise TransferError("refused", retryable=True)
+        pool = content(self._memory)
+        packed = b"".join(pool[start : start + size] for start, size in ranges)
+        assert [size for _, size in ranges] == [
+            size for run, size in zip(runs, sizes, strict=True) for _ in range(run.num_blocks)
+        ]
+        stage.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        self._guard.end_read(lease_id)
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
 class BlockingTransport:
     """Each read waits at a gate, then writes, so that a test can look at a copy in full flight."""
 
@@ -149,7 +224,7 @@ class BlockingTransport:
         return FaultyReader(self._inner.connect(address, key, size), hold)
 
 
-def print_of(memory: HostMemory, model: str = "model") -> str:
+def print_of(memory: Memory, model: str = "model") -> str:
     return fingerprint(model, [memory.layout], b"secret")
 
 
@@ -166,17 +241,18 @@ async def pair(
     source_model: str = "model",
     sink_token: str = TOKEN,
     link_address: str | None = None,
+    memories: tuple[str, str] = ("host", "host"),
 ) -> AsyncIterator[Pair]:
-    source_memory, sink_memory = HostMemory(layout, NUM_BLOCKS), HostMemory(sink_layout or layout, NUM_BLOCKS)
+    source_memory = MEMORIES[memories[0]](layout, NUM_BLOCKS)
+    sink_memory = MEMORIES[memories[1]](sink_layout or layout, NUM_BLOCKS)
     size = source_memory.size
-    source_memory.buffer[:] = np.random.default_rng(1).integers(0, 256, size, np.uint8).tobytes()
-    sink_memory.buffer[:] = b"\xff" * sink_memory.size
-    registry: dict[str, HostMemory] = {}
+    fill(source_memory, np.random.default_rng(1).bytes(size))
+    fill(sink_memory, b"\xff" * sink_memory.size)
+    registry: dict[str, Memory] = {}
     server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     servers: dict[str, ServerTransport] = {
         "loopback": LoopbackServer(source_memory, registry, "pool"),
-        "shared_memory": SharedMemoryServer(source_memory),
         "tcp": TcpServer(source_memory, host="127.0.0.1", token=TOKEN),
     }
     sinks: dict[str, SinkTransport] = {
@@ -184,6 +260,10 @@ async def pair(
         "shared_memory": SharedMemorySink(),
         "tcp": TcpSink(TOKEN),
     }
+    if isinstance(source_memory, HostMemory):
+        servers["shared_memory"] = SharedMemoryServer(source_memory)
+    staged = StagedTransport(source_memory)
+    servers[staged.name] = sinks[staged.name] = staged
     released: list[tuple[str, list[int]]] = []
     source = KvSource(
         worker_id="prefill-0",
@@ -216,6 +296,8 @@ async def pair(
         await source.close()
         num_released = len(released)
         assert len({lease_id for lease_id, _ in released}) == num_released, "a lease was released twice"
+        if isinstance(sink_memory, DeviceMemory):
+            assert not sink_memory.tensor[sink_memory.size :].any(), "a spare block was written"
         source_memory.close()
         sink_memory.close()
 

@@ -103,10 +103,17 @@ async def liar(p: Pair, answers: list[pb.SourceMessage], **greeting: object) -> 
         await server.stop(0)
 
 
-def announcement(group: int, first: int, count: int, last: bool = False) -> pb.SourceMessage:
+def announcement(
+    group: int, first: int, count: int, last: bool = False, num_checksums: int | None = None
+) -> pb.SourceMessage:
     token = pb.FirstToken(token_id=1) if last else None
     message = pb.Announcement(
-        lease_id="x", layer_group=group, first_block=first, checksums=[7] * count, first_token=token
+        lease_id="x",
+        layer_group=group,
+        first_block=first,
+        num_blocks=count,
+        checksums=[7] * min(8, count if num_checksums is None else num_checksums),
+        first_token=token,
     )
     return pb.SourceMessage(announcement=message)
 

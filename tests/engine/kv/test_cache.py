@@ -22,7 +22,7 @@ def fill(kv: KvCache, tokens: Sequence[int]) -> list[BlockId]:
     held = kv.match(tokens, hashes)
     fresh = kv.allocate(-(-len(tokens) // SIZE) - len(held))
     assert fresh is not None
-    kv.store(tokens, hashes, held + fresh, len(tokens))
+    kv.release(kv.store(tokens, hashes, held + fresh, len(tokens)))
     kv.check_invariants()
     return held + fresh
 
@@ -92,7 +92,7 @@ def test_a_collision_is_a_miss() -> None:
     kv = KvCache(4, SIZE)
     blocks = kv.allocate(2)
     assert blocks is not None
-    kv.store([1, 1, 2, 2], [10, 11], blocks, 4)
+    kv.release(kv.store([1, 1, 2, 2], [10, 11], blocks, 4))
     assert kv.match([1, 1, 3, 3], [10, 11]) == blocks[:1]
     assert kv.match([9, 9, 2, 2], [10, 11]) == []
     assert kv.match([2, 2], [11]) == []  # the same tokens in the middle of another chain
@@ -103,8 +103,8 @@ def test_what_collides_is_not_cached_nor_is_what_follows() -> None:
     first, second = kv.allocate(2), kv.allocate(3)
     assert first is not None
     assert second is not None
-    kv.store([1, 1, 2, 2], [10, 11], first, 4)
-    kv.store([5, 5, 6, 6, 7, 7], [20, 11, 22], second, 6)
+    kv.release(kv.store([1, 1, 2, 2], [10, 11], first, 4))
+    kv.release(kv.store([5, 5, 6, 6, 7, 7], [20, 11, 22], second, 6))
     assert kv.snapshot() == [10, 11, 20]
     kv.check_invariants(first + second)
 
@@ -115,8 +115,8 @@ def test_of_two_blocks_with_the_same_content_one_is_kept() -> None:
     first, second = kv.allocate(2), kv.allocate(3)
     assert first is not None
     assert second is not None
-    kv.store([1, 1, 2, 2], hashes, first, 4)
-    kv.store([1, 1, 2, 2, 3], hashes, second, 5)
+    kv.release(kv.store([1, 1, 2, 2], hashes, first, 4))
+    kv.release(kv.store([1, 1, 2, 2, 3], hashes, second, 5))
     assert second[:2] == first
     assert (kv.num_cached, kv.num_free) == (2, 3)
     kv.check_invariants(first + second)
@@ -130,8 +130,8 @@ def test_a_child_keeps_the_parent_that_another_sequence_stored() -> None:
     lease = list(second)
     kv.retain(lease)
     tokens = [1, 1, 2, 2]
-    kv.store([1, 1], hashes_of([1, 1]), first, 2)
-    kv.store(tokens, hashes_of(tokens), second, 4)
+    kv.release(kv.store([1, 1], hashes_of([1, 1]), first, 2))
+    kv.release(kv.store(tokens, hashes_of(tokens), second, 4))
     kv.release(first)
     kv.release(second)
     kv.check_invariants(lease)  # it holds the second block, cached behind the first of the other sequence
@@ -150,7 +150,7 @@ def test_storing_starts_over_after_the_cache_was_cleared() -> None:
     tokens = [1, 1, 2, 2, 3, 3]
     blocks = fill(kv, tokens[:4]) + (kv.allocate(1) or [])
     kv.clear()
-    kv.store(tokens, hashes_of(tokens), blocks, 6)
+    kv.release(kv.store(tokens, hashes_of(tokens), blocks, 6))
     assert matched(kv, tokens) == blocks
     kv.check_invariants(blocks)
 
@@ -159,8 +159,8 @@ def test_storing_again_changes_nothing() -> None:
     kv = KvCache(4, SIZE)
     blocks = fill(kv, [1, 2, 3, 4])
     kv.drain_events()
-    kv.store([1, 2, 3, 4], hashes_of([1, 2, 3, 4]), blocks, 4)
-    kv.store([1, 2, 3, 4], hashes_of([1, 2, 3, 4]), blocks, 2)
+    kv.release(kv.store([1, 2, 3, 4], hashes_of([1, 2, 3, 4]), blocks, 4))
+    kv.release(kv.store([1, 2, 3, 4], hashes_of([1, 2, 3, 4]), blocks, 2))
     assert kv.drain_events() == []
     kv.check_invariants(blocks)
 

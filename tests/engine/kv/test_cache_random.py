@@ -146,7 +146,7 @@ class Drive:
         holder.num_computed = end
         expected = list(holder.blocks)
         self.twin.store(holder.tokens, expected, end)
-        self.kv.store(holder.tokens, self.hashes(holder.tokens), holder.blocks, end)
+        self.kv.release(self.kv.store(holder.tokens, self.hashes(holder.tokens), holder.blocks, end))
         assert holder.blocks == expected or not self.exact
 
     def lease(self, holder: Holder) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.attention.base import Span
 from engine.attention.paged import PagedAttention
-from engine.executors.torch_executor import load_model
+from engine.executors.model_loading import load_model
 from engine.model_config import load_model_config
 
 NUM_BLOCKS = 512

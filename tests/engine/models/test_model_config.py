@@ -82,7 +82,7 @@ def test_longrope_is_served_up_to_its_original_window() -> None:
         ({"head_dim": 15}, "head_dim must be even"),
         ({"hidden_act": "relu"}, "hidden_act must be one of silu, gelu_pytorch_tanh, not 'relu'"),
         ({"dtype": "int4"}, "dtype must be one of float32"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is set, and that is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set, and that is not supported"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number"),
         ({"rope_scaling": [1]}, "rope_parameters must be an object"),
         ({"rope_scaling": {"type": "su"}}, "type must be one of default, linear, dynamic, llama3, yarn, longrope"),

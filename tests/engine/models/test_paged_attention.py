@@ -6,8 +6,13 @@ import torch
 from engine.attention import paged
 from engine.attention.base import AttentionLayer, Span
 from engine.attention.paged import PagedAttention
+from engine.layers.rotary import Rotation
 
 NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, NUM_HEADS = 64, 2, 2, 4, 8, 6
+
+
+def no_rotation(num_tokens: int) -> Rotation:
+    return Rotation(torch.ones(num_tokens, 1, 1, 1), torch.zeros(num_tokens, 1, 2, 1))
 
 
 def attend_one_token(
@@ -57,8 +62,9 @@ def test_random_batches_agree_with_attention_token_by_token(seed: int, monkeypat
             num_tokens = sum(span.num_tokens for span in spans)
             queries = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, generator=generator)
             key_values = torch.randn(num_tokens, 2 * NUM_KV_HEADS, HEAD_DIM, generator=generator)
-            step.write_kv(layer, key_values)
-            out = step.attend(layer, queries)
+            heads = torch.cat((queries, key_values), dim=1)
+            step.rotate_and_store(layer, heads, no_rotation(num_tokens))
+            out = step.attend(layer, heads[:, :NUM_HEADS])
             row = 0
             for i, span in zip(members, spans, strict=True):
                 new = key_values[row : row + span.num_tokens].view(-1, 2, NUM_KV_HEADS, HEAD_DIM).permute(1, 2, 0, 3)

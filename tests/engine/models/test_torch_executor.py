@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from engine.executors.base import Batch, Chunk, SampleSpec
-from engine.executors.torch_executor import TorchConfig, TorchExecutor, check_memory, layer_group_ends
+from engine.executors.host_pool import check_memory
+from engine.executors.torch_executor import TorchConfig, TorchExecutor, layer_group_ends
 from engine.kv.layout import KvLayout
 from engine.request import RequestId, SamplingParams
 from tests.checkpoints import FAMILIES, make_checkpoint
@@ -53,7 +54,7 @@ def greedy_tokens(
             end = min(len(sequences[i]), done[i] + cuts[step % len(cuts)])
             chunks.append(chunk(sequences[i], done[i], end, blocks[i]))
             done[i] = end
-        for i, sampled in zip(members, executor.step(Batch(chunks)).sampled, strict=True):
+        for i, sampled in zip(members, executor.submit(Batch(chunks)).result().sampled, strict=True):
             if sampled is not None:
                 sequences[i].append(sampled.token_id)
         step += 1
@@ -76,7 +77,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, family: str) 
 def test_only_chunks_that_ask_are_sampled_and_results_keep_their_order(executor: TorchExecutor, llama: Path) -> None:
     first, second, third = random_tokens(12), random_tokens(6, seed=1), random_tokens(9, seed=2)
     batch = Batch([chunk(first, 0, 12, [3, 9, 1]), chunk(second, 0, 5, [8, 2]), chunk(third, 0, 9, [30, 10, 20])])
-    sampled = executor.step(batch).sampled
+    sampled = executor.submit(batch).result().sampled
     reference = Reference(llama)
     assert sampled[1] is None
     assert [sampled[i].token_id for i in (0, 2)] == [  # type: ignore[union-attr]
@@ -97,7 +98,7 @@ def test_a_group_is_announced_in_order_when_its_kv_is_in_memory_and_later_layers
     def on_group_done(group: int) -> None:
         seen.append((group, [written(5, layer) for layer in range(3)]))
 
-    executor.step(Batch([chunk(random_tokens(4), 0, 4, [5])]), on_group_done)
+    executor.submit(Batch([chunk(random_tokens(4), 0, 4, [5])]), on_group_done).result()
     assert seen == [(0, [True, True, False]), (1, [True, True, True])]
     assert not any(written(block_id, layer) for block_id in (0, 1, 2, 3, 4, 6, 7) for layer in range(3))
     executor.close()
@@ -119,7 +120,7 @@ def test_prompt_logprobs_are_the_models_own_across_chunks(
             next_token_ids=tokens[start + 1 : end + 1],
         )
         mate = chunk(random_tokens(5), 0, 5, [60, 61])
-        result = executor.step(Batch([mate, asked]))
+        result = executor.submit(Batch([mate, asked])).result()
         assert result.prompt_logprobs[0] is None
         found += result.prompt_logprobs[1] or []
     expected = Reference(llama).logits(tokens).log_softmax(-1)
@@ -146,7 +147,7 @@ def test_every_stored_type_runs_in_the_type_asked_for(
     executor = TorchExecutor(path, TorchConfig(num_blocks=16, dtype=asked))
     assert executor.layout.dtype == used
     tokens = random_tokens(30)
-    [sampled] = executor.step(Batch([chunk(tokens, 0, 30, [4, 2])])).sampled
+    [sampled] = executor.submit(Batch([chunk(tokens, 0, 30, [4, 2])])).result().sampled
     assert sampled is not None
     exact = Reference(path).logits(tokens)[-1]
     assert exact.max() - exact[sampled.token_id] < (1e-3 if used == "float32" else 0.2)
@@ -161,7 +162,8 @@ def test_every_stored_type_runs_in_the_type_asked_for(
         ({"max_model_len": 100, "num_blocks": 6}, "max_model_len 100 needs 7 blocks of 16 tokens"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, not 0"),
         ({"layers_per_group": 0}, "layers_per_group must be at least 1, not 0"),
-        ({"device": "cuda"}, "device must be cpu, where the KV memory is, not 'cuda'"),
+        ({"device": "tpu"}, "device must be cpu or cuda, not 'tpu'"),
+        ({"kv_dtype": "fp8"}, "kv_cache.dtype fp8 is for device cuda"),
         ({"num_blocks": 1 << 40}, "GiB are available beside the weights"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.executors.torch_executor import load_model
+from engine.executors.model_loading import load_model
 from engine.model_config import load_model_config
 from engine.models.decoder import CausalLM
 from engine.weights import model_hash

@@ -259,6 +259,7 @@ async def test_metrics_count_what_happened_under_both_names(tokenizer: Tokenizer
         during = await scrape(server)
         stream = server.generator.streams[1]
         stream.timeline.transfer_bytes, stream.timeline.transfer_s, stream.timeline.exposed_s = 1 << 20, 0.25, 0.01
+        stream.timeline.transport = "cuda_ipc"
         gate.set()
         await call
         await server.get("/nothing")
@@ -274,7 +275,9 @@ async def test_metrics_count_what_happened_under_both_names(tokenizer: Tokenizer
         assert after[f"{prefix}prompt_tokens_total"] == 1 + len(tokenizer.encode("x y"))
         assert after[f"{prefix}request_generation_tokens_bucket|10.0"] == 2
         assert after[f"{prefix}request_generation_tokens_sum"] == 2 * len(ids)
-    assert after["baton_kv_transfer_bytes_sum"] == after["baton_kv_transferred_bytes_total"] == 1 << 20
+    assert after["baton_kv_transfer_bytes_sum"] == after["baton_kv_transferred_bytes_total|cuda_ipc"] == 1 << 20
+    assert after["baton_kv_transfer_bytes_per_second_sum|cuda_ipc"] == 4 << 20
+    assert after["baton_kv_transfer_bytes_per_second_count|cuda_ipc"] == 1
     assert after["baton_kv_transfer_exposed_seconds_sum"] == 0.01
     assert after["baton_http_responses_total|/v1/completions|200"] == 2
     assert after["baton_http_responses_total|other|404"] == 1

@@ -1,0 +1,233 @@
+"""How fast KV moves between two processes that share a GPU, against the card's own copy in the same run.
+
+    python -m benchmarks.gpu.kv_pull [--transport cuda_ipc|tcp] [--tokens 2048 8192 32768]
+
+The child process is a source with a pool full of random KV of Llama-3-8B's shape; this process pulls, through the real
+KvSource and KvSink. Everything becomes final at once: prefill hides nothing. In bytes of KV (each is read and written):
+
+  copy     one tensor copied to another in this process: what the card's memory gives
+  gather   the table kernel over the other process's memory, from scattered blocks: table, launch, and waiting for it
+  pull     of a whole handoff, the time in which copies ran (as the metrics have it)
+  handoff  offer in hand to KV confirmed: with the lease, announcements and confirmation over gRPC
+
+`gather` is the transport's; a transport whose reader maps nothing has none. Rounds alternate; medians are reported.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from threading import Event
+
+import grpc
+import numpy as np
+import torch
+
+from engine.auth import TokenInterceptor
+from engine.kv.device_memory import DeviceMemory
+from engine.kv.layout import KvLayout
+from kv_transfer.copy_stream import CopyStream
+from kv_transfer.fingerprint import fingerprint
+from kv_transfer.sink import KvSink, SinkConfig
+from kv_transfer.source import KvSource
+from kv_transfer.transports.base import MappedReader, ServerTransport, SinkTransport
+from kv_transfer.transports.shared_memory import host_boot_id
+
+TOKEN = "benchmark"
+DEVICE = torch.device("cuda:0")
+LAYOUT = KvLayout(32, 8, 128, 16, "bfloat16")  # Llama-3-8B
+LAYER_GROUPS = (8, 16, 24, 32)
+GIB = 1 << 30
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transport", choices=["cuda_ipc", "tcp"], default="cuda_ipc")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--sink-block-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2, help="copy threads of the sink")
+    parser.add_argument("--rounds", type=int, default=15)
+    return parser.parse_args()
+
+
+def server_of(name: str, memory: DeviceMemory) -> ServerTransport:
+    if name == "cuda_ipc":
+        from kv_transfer.transports.cuda_ipc import CudaIpcServer
+
+        return CudaIpcServer(memory)
+    from kv_transfer.transports.tcp_server import TcpServer
+
+    return TcpServer(memory, host="127.0.0.1", token=TOKEN)
+
+
+def sink_of(name: str) -> SinkTransport:
+    if name == "cuda_ipc":
+        from kv_transfer.transports.cuda_ipc import CudaIpcSink
+
+        return CudaIpcSink(DEVICE)
+    from kv_transfer.transports.tcp import TcpSink
+
+    return TcpSink(TOKEN)
+
+
+def scattered(num_blocks: int) -> list[int]:
+    return np.random.default_rng(0).permutation(num_blocks).tolist()
+
+
+async def run_source(args: argparse.Namespace, parent: Connection) -> None:
+    memory = DeviceMemory(LAYOUT, LAYOUT.num_blocks_for(max(args.tokens)), DEVICE)
+    memory.tensor.view(torch.int64).random_(generator=torch.Generator(DEVICE).manual_seed(1))
+    torch.cuda.synchronize()
+    transport = server_of(args.transport, memory)
+    server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    source = KvSource(
+        worker_id="source",
+        epoch="1",
+        memory=memory,
+        layer_groups=LAYER_GROUPS,
+        fingerprint=fingerprint("benchmark", [LAYOUT], b""),
+        link_address=f"127.0.0.1:{port}",
+        transports=[transport],
+        on_released=lambda _lease_id, _block_ids: None,
+    )
+    source.register(server)
+    await server.start()
+    parent.send((transport.address, transport.key(b"")))
+    while (num_tokens := await asyncio.to_thread(parent.recv)) is not None:
+        opened = source.open("r", scattered(memory.num_blocks)[: LAYOUT.num_blocks_for(num_tokens)], num_tokens)
+        assert opened is not None
+        source.finish(opened[0], 1, False)
+        parent.send(opened[1])
+    await server.stop(0)
+    await source.close()
+
+
+def source_process(args: argparse.Namespace, parent: Connection) -> None:
+    asyncio.run(run_source(args, parent))
+
+
+def timed(work: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def plain_copy(source: torch.Tensor, sink: torch.Tensor) -> None:
+    sink.copy_(source)
+    torch.cuda.synchronize()
+
+
+async def measure(args: argparse.Namespace, child: Connection) -> None:
+    layout = KvLayout(32, 8, 128, args.sink_block_size, "bfloat16")
+    ours = DeviceMemory(layout, layout.num_blocks_for(max(args.tokens)), DEVICE)
+    sink_transport = sink_of(args.transport)
+    sink = KvSink(
+        worker_id="sink",
+        memory=ours,
+        fingerprint=fingerprint("benchmark", [layout], b""),
+        token=TOKEN,
+        transports=[sink_transport],
+        boot_id=host_boot_id(),
+        config=SinkConfig(copy_threads=args.threads),
+    )
+    address, key = await asyncio.to_thread(child.recv)
+    gathers = args.transport == "cuda_ipc" and args.sink_block_size == LAYOUT.block_size
+    reader = sink_transport.connect(address, key, ours.size) if gathers else None
+    stream = CopyStream(DEVICE)
+    print(
+        f"{torch.cuda.get_device_name()}, {args.transport}, {len(LAYER_GROUPS)} layer groups,"
+        f" sink blocks of {layout.block_size}"
+    )
+    for num_tokens in args.tokens:
+        num_bytes = LAYOUT.num_blocks_for(num_tokens) * LAYOUT.block_bytes
+        other = torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE)
+        times: dict[str, list[float]] = {"copy": [], "gather": [], "pull": [], "handoff": []}
+        for _ in range(args.rounds + 1):  # the first warms up
+            times["copy"].append(timed(lambda other=other: plain_copy(ours.tensor[: len(other)], other)))
+            if isinstance(reader, MappedReader):
+                times["gather"].append(gather(stream, reader, ours, num_tokens))
+            started, pulled_s = await pull(sink, child, ours, num_tokens)
+            times["pull"].append(pulled_s)
+            times["handoff"].append(time.perf_counter() - started)
+        del other
+        report(num_tokens, num_bytes, times)
+    await sink.close()
+    if reader is not None:
+        check(reader, ours, max(args.tokens))
+        reader.close()
+
+
+def gather(stream: CopyStream, reader: MappedReader, ours: DeviceMemory, num_tokens: int) -> float:
+    """In one table of whole blocks of one layer group each, into blocks in order."""
+    num_blocks = LAYOUT.num_blocks_for(num_tokens)
+    blocks = np.array(scattered(ours.num_blocks)[:num_blocks])
+    pieces = [
+        (start * LAYOUT.layer_bytes, (end - start) * LAYOUT.layer_bytes)
+        for start, end in zip((0, *LAYER_GROUPS), LAYER_GROUPS, strict=False)
+    ]
+    rows = np.concatenate(
+        [
+            np.stack(
+                [
+                    blocks * LAYOUT.block_bytes + start,
+                    np.arange(num_blocks) * LAYOUT.block_bytes + start,
+                    np.full(num_blocks, size),
+                ],
+                axis=1,
+            )
+            for start, size in pieces
+        ]
+    )
+    return timed(lambda: stream.run(reader.memory, ours.tensor, rows, Event()))
+
+
+async def pull(sink: KvSink, child: Connection, ours: DeviceMemory, num_tokens: int) -> tuple[float, float]:
+    """(when it began, seconds in which copies ran)"""
+    child.send(num_tokens)
+    offer = await asyncio.to_thread(child.recv)
+    blocks = range(ours.layout.num_blocks_for(num_tokens))
+    started = time.perf_counter()
+    pulled = await sink.pull(offer, block_ids=blocks, num_held_tokens=0, deadline=time.monotonic() + 60)
+    return started, pulled.copy_seconds
+
+
+def check(reader: MappedReader, ours: DeviceMemory, num_tokens: int) -> None:
+    """What was pulled last is what the source has."""
+    theirs = reader.memory.view(-1, LAYOUT.block_bytes)
+    blocks = scattered(len(theirs))[: LAYOUT.num_blocks_for(num_tokens)]
+    mine = ours.tensor[: ours.size].view(-1, LAYOUT.block_bytes)
+    assert all(torch.equal(theirs[block], mine[i]) for i, block in enumerate(blocks)), "another content"
+
+
+def report(num_tokens: int, num_bytes: int, times: dict[str, Sequence[float]]) -> None:
+    print(f"{num_tokens} tokens, {num_bytes / GIB:.2f} GiB")
+    medians = {name: statistics.median(values[1:]) for name, values in times.items() if values}
+    for name, median in medians.items():
+        best = min(times[name][1:])
+        print(
+            f"  {name:<8} {median * 1e3:7.3f} ms {num_bytes / median / 1e9:7.0f} GB/s"
+            f"  {medians['copy'] / median:5.0%} of the copy  (best {best * 1e3:.3f} ms)"
+        )
+
+
+def main() -> None:
+    args = parse()
+    context = multiprocessing.get_context("spawn")
+    child, parent = context.Pipe()
+    process = context.Process(target=source_process, args=(args, parent), daemon=True)
+    process.start()
+    try:
+        asyncio.run(measure(args, child))
+        child.send(None)
+        process.join(10)
+    finally:
+        process.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The decode step as CUDA graphs: one for each of a ladder of batch sizes, replayed with the next larger one.
+
+Owned by the torch executor on CUDA. A graph covers embedding and layers; choosing tokens is queued behind it. All
+graphs share one memory pool and the same input and output tensors, for steps run one after another on one stream.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention.base import Span, StepAttention
+from engine.models.decoder import CausalLM
+
+
+class GraphAttention(StepAttention, Protocol):
+    """Attention whose inputs stay where they are from capture to replay."""
+
+    def prepare(self, spans: Sequence[Span]) -> None:
+        """Have the next run attend for `spans` of one token each, in its first rows."""
+        ...
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """1, 2, 4, 8, then in steps of an eighth or less of the size: what padding costs at most."""
+    ladder = chain((1, 2, 4), range(8, 128, 8), range(128, 256, 16), range(256, 1 << 16, 32))
+    sizes = []
+    for size in ladder:
+        if size >= largest:
+            break
+        sizes.append(size)
+    return [*sizes, largest]
+
+
+class DecodeGraphs:
+    def __init__(self, model: CausalLM, make_attention: Callable[[int], GraphAttention], max_rows: int) -> None:
+        weight = model.model.embed_tokens.weight
+        self.sizes = batch_sizes(max_rows)
+        self._model = model
+        self._make_attention = make_attention
+        self._token_ids = torch.zeros(max_rows, dtype=torch.int64, device=weight.device)
+        self._positions = torch.zeros(max_rows, dtype=torch.float32, device=weight.device)
+        self._hidden = torch.empty(max_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        self._graphs: list[tuple[torch.cuda.CUDAGraph, GraphAttention]] = []
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Record all sizes, the largest first, so that the others fit into its memory. Once, before the first `run`."""
+        pool = torch.cuda.graph_pool_handle()
+        for done, size in enumerate(reversed(self.sizes), 1):
+            attention = self._make_attention(size)
+            self._forward(size, attention)  # compiles kernels and makes plans
+            torch.cuda.current_stream().synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._forward(size, attention)
+            self._graphs.insert(0, (graph, attention))
+            if progress is not None:
+                progress(done, len(self.sizes))
+
+    def fit(self, spans: Sequence[Span]) -> bool:
+        return len(spans) <= self.sizes[-1] and all(span.num_tokens == 1 for span in spans)
+
+    def run(self, token_ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
+        """token_ids and positions [rows] -> hidden states before the final norm [rows, hidden_size].
+
+        The result is overwritten by the next run.
+        """
+        num_rows = len(spans)
+        graph, attention = self._graphs[bisect_left(self.sizes, num_rows)]
+        self._token_ids[:num_rows].copy_(token_ids)
+        self._positions[:num_rows].copy_(positions)
+        attention.prepare(spans)
+        graph.replay()
+        return self._hidden[:num_rows]
+
+    def _forward(self, size: int, attention: StepAttention) -> None:
+        self._hidden[:size] = self._model(self._token_ids[:size], self._positions[:size], attention)

@@ -1,0 +1,173 @@
+"""What a worker on a GPU is made of beside its weights: attention kernels, a KV pool as large as fits, CUDA graphs."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from engine.attention.base import AttentionBackend, Span
+from engine.attention.paged import PagedAttention
+from engine.executors.base import SampleSpec
+from engine.executors.cuda_graphs import DecodeGraphs, GraphAttention
+from engine.kv.device_memory import DeviceMemory
+from engine.kv.layout import KvLayout
+from engine.models.decoder import CausalLM
+from engine.request import SamplingParams
+from engine.sampler import sample
+from engine.weights import KvScales
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+MARGIN_BYTES = GIB  # CUDA's own memory, loaded kernels, captured graphs, fragments
+RANDOM = SampleSpec(SamplingParams(top_k=50, top_p=0.9), seed=0, token_ids=(0,), num_prompt_tokens=1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step there can be; `max_graph_rows` 0: no CUDA graphs."""
+
+    max_batch_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    max_graph_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Bytes that PyTorch holds: `kept` between steps, `step` more while the largest step runs."""
+
+    kept: int
+    step: int
+
+
+def make_attention(
+    kv: torch.Tensor, model: CausalLM, dtype: torch.dtype, limits: StepLimits, kv_scales: KvScales | None
+) -> AttentionBackend:
+    """FlashInfer where it is installed and has kernels, else PyTorch's own operators. Raises ValueError for FP8 KV."""
+    config = model.config
+    missing = ""
+    try:
+        from engine.attention.flashinfer import FlashInferAttention, supports
+    except ImportError as error:
+        missing = f"FlashInfer cannot be imported ({error}); pip install flashinfer-python"
+    else:
+        if supports(dtype, config.head_dim, kv.dtype):
+            k_scales, v_scales = zip(*kv_scales, strict=True) if kv_scales else (None, None)
+            attention = FlashInferAttention(
+                kv,
+                config.num_heads,
+                dtype,
+                max_graph_rows=limits.max_graph_rows,
+                max_model_len=limits.max_model_len,
+                k_scales=k_scales,
+                v_scales=v_scales,
+            )
+            attention.load(model.attention_layers())
+            return attention
+        missing = f"FlashInfer has no kernel for {dtype} with head_dim {config.head_dim}"
+    if kv.dtype != dtype:
+        raise ValueError(f"kv_cache.dtype fp8 needs FlashInfer's kernels: {missing}")
+    log.warning("attention runs in PyTorch operators, without CUDA graphs: %s", missing)
+    return PagedAttention(kv)
+
+
+def capture_graphs(
+    model: CausalLM, attention: AttentionBackend, max_rows: int, spare_block: int
+) -> DecodeGraphs | None:
+    """None where the attention cannot be captured."""
+    make_graph_attention = getattr(attention, "decode_graph", None)
+    if make_graph_attention is None or max_rows == 0:
+        return None
+
+    def make(num_rows: int) -> GraphAttention:
+        made: GraphAttention = make_graph_attention(num_rows, spare_block)
+        return made
+
+    graphs = DecodeGraphs(model, make, max_rows)
+    graphs.capture()
+    return graphs
+
+
+def measure_peak(
+    model: CausalLM, layout: KvLayout, dtype: torch.dtype, limits: StepLimits, device: torch.device
+) -> Peak:
+    """Run the largest step once, over a KV pool that is just large enough for it. Raises ValueError if it cannot be."""
+    try:
+        torch.cuda.synchronize(device)
+        kept = torch.cuda.memory_allocated(device)
+        spans = longest_prompts(layout, limits)
+        memory = DeviceMemory(layout, sum(len(span.block_ids) for span in spans), device)
+        attention = make_attention(memory.kv(getattr(torch, layout.dtype)), model, dtype, limits, None)
+        torch.cuda.synchronize(device)
+        own = torch.cuda.memory_allocated(device) - memory.tensor.numel()
+        torch.cuda.reset_peak_memory_stats(device)
+        run_step(model, attention, spans, limits.max_num_seqs, device)
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - memory.tensor.numel()
+    except torch.OutOfMemoryError as error:
+        _, total = torch.cuda.mem_get_info(device)
+        raise ValueError(
+            f"a step of {limits.max_batch_tokens} tokens does not fit beside the weights, which take "
+            f"{kept / GIB:.1f} of the GPU's {total / GIB:.1f} GiB: lower scheduler.max_batch_tokens or "
+            f"scheduler.max_num_seqs, or free memory on the GPU ({error})"
+        ) from error
+    del attention
+    memory.close()
+    torch.cuda.empty_cache()
+    return Peak(own, peak - own)
+
+
+def num_blocks_that_fit(layout: KvLayout, peak: Peak, device: torch.device, fraction: float) -> int:
+    """KV blocks for a worker that may use `fraction` of the GPU. Raises ValueError with the numbers when none fits."""
+    free, total = torch.cuda.mem_get_info(device)
+    room = min(int(total * fraction) - peak.kept, free) - peak.step - MARGIN_BYTES
+    numbers = (
+        f"{fraction:.0%} of the GPU's {total / GIB:.1f} GiB are this worker's, and {free / GIB:.1f} GiB are free; "
+        f"weights and workspaces take {peak.kept / GIB:.1f} GiB, the largest step {peak.step / GIB:.1f} GiB more, "
+        f"CUDA {MARGIN_BYTES / GIB:.1f} GiB"
+    )
+    if room < layout.block_bytes:
+        raise ValueError(
+            f"no room for KV: {numbers}. Free memory on the GPU, raise gpu_memory_fraction, or lower "
+            "scheduler.max_batch_tokens and scheduler.max_num_seqs"
+        )
+    log.info("KV takes %.1f GiB: %s", room / GIB, numbers)
+    return room // layout.block_bytes
+
+
+def make_pool(layout: KvLayout, num_blocks: int, device: torch.device) -> DeviceMemory:
+    """With one spare block, for the padding of batches. Raises ValueError when it does not fit."""
+    try:
+        return DeviceMemory(layout, num_blocks, device, spare_blocks=1)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ValueError(
+            f"{num_blocks} KV blocks of {layout.block_bytes} bytes need {num_blocks * layout.block_bytes / GIB:.1f} "
+            f"GiB, and {free / GIB:.1f} of the GPU's {total / GIB:.1f} GiB are free"
+        ) from error
+
+
+def longest_prompts(layout: KvLayout, limits: StepLimits) -> list[Span]:
+    """Prompts of `max_batch_tokens` in all, in blocks of their own."""
+    spans: list[Span] = []
+    left, first_block = limits.max_batch_tokens, 0
+    while left:
+        num_tokens = min(left, limits.max_model_len)
+        num_blocks = layout.num_blocks_for(num_tokens)
+        spans.append(Span(0, num_tokens, range(first_block, first_block + num_blocks)))
+        first_block += num_blocks
+        left -= num_tokens
+    return spans
+
+
+@torch.inference_mode()
+def run_step(
+    model: CausalLM, attention: AttentionBackend, spans: list[Span], num_sampled: int, device: torch.device
+) -> None:
+    num_tokens = sum(span.num_tokens for span in spans)
+    token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    positions = torch.zeros(num_tokens, dtype=torch.float32, device=device)
+    hidden = model(token_ids, positions, attention.begin_step(spans, None))
+    num_rows = min(num_sampled, num_tokens)
+    sample(model.logits(hidden[:num_rows]), [RANDOM] * num_rows, [1] * num_rows)

@@ -1,0 +1,66 @@
+"""From a directory to a model with its weights, for the torch executor."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine.model_config import DTYPES, ModelConfig
+from engine.models.decoder import CausalLM
+from engine.models.registry import MAKERS
+from engine.weights import KvScales, Progress, dummy_model_hash, dummy_weights, load_weights, model_hash
+
+
+class Loaded(NamedTuple):
+    model: CausalLM
+    model_hash: str
+    kv_scales: KvScales | None  # of FP8 keys and values, where the checkpoint may have some
+
+
+def load(
+    path: Path, config: ModelConfig, dtype: str, device: torch.device, *, dummy: bool, progress: Progress | None
+) -> Loaded:
+    """`dummy`: random weights for the config.json in `path`. Raises ValueError."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    try:
+        if not dummy:
+            model = make_model(config, torch_dtype, device)
+            kv_scales = load_weights(model, path, progress, config.quantization)
+            return Loaded(model, model_hash(path, config.quantization), kv_scales)
+        model = make_model(config, torch_dtype, device)
+        dummy_weights(model, quantization=config.quantization)
+        return Loaded(model, dummy_model_hash(config), None)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ValueError(
+            f"the weights do not fit on the GPU: {free / 2**30:.1f} GiB of its {total / 2**30:.1f} GiB are left with "
+            "part of them loaded; take a smaller or quantized model, or free memory on the GPU"
+        ) from error
+
+
+def load_model(
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None
+) -> CausalLM:
+    model = make_model(config, dtype, device)
+    load_weights(model, path, progress, config.quantization)
+    return model
+
+
+def make_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """On the device, with nothing in its parameters."""
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return MAKERS[config.architecture](config, dtype)
+    finally:
+        torch.set_default_dtype(default_dtype)
+
+
+def choose_dtype(asked: str, config: ModelConfig, device: torch.device) -> str:
+    """ "auto" is the checkpoint's, except float16 on a CPU, which computes float32 many times faster."""
+    if asked == "auto":
+        return "float32" if device.type == "cpu" and config.dtype == "float16" else config.dtype
+    if asked not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {asked!r}")
+    return asked

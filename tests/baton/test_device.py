@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from baton.compose import found_pool
+from baton.device import find_device
+from cluster.spec_errors import SpecError
+from cluster.spec_file import parse_spec
+
+
+@pytest.mark.parametrize(("sees", "found"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_a_gpu_where_torch_sees_one(sees: bool, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+    assert find_device("auto") == found
+    assert find_device("cpu") == "cpu"
+    assert found_pool(parse_spec({"model": "tiny"}), "decode").device == found
+    simulated = parse_spec({"model": "tiny", "engine": "simulated"})
+    assert found_pool(simulated, "decode").device == "cpu"
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SpecError, match=r"device: 'cuda' is not allowed here: PyTorch .*; allowed: cpu"):
+        found_pool(parse_spec({"model": "tiny", "device": "cuda"}), "prefill")
+
+
+def test_what_auto_turns_out_not_to_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SpecError, match="'cuda_ipc' is not allowed where decode workers compute on device cpu"):
+        found_pool(parse_spec({"model": "tiny", "transfer": {"transport": "cuda_ipc"}}), "decode")
