@@ -46,7 +46,8 @@ def make_model(path: Path, max_positions: int) -> Path:
 class EngineDriver:
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
         num_blocks = 64 + args.batch * (-(-(args.prompt + args.tokens) // 16) + 1) + -(-args.prefill // 16)
-        self.executor = TorchExecutor(path, TorchConfig(num_blocks, dtype=args.dtype, num_threads=args.threads))
+        options = TorchConfig(num_blocks=num_blocks, dtype=args.dtype, num_threads=args.threads)
+        self.executor = TorchExecutor(path, options)
         config = SchedulerConfig(max_batch_tokens=args.chunk, max_num_seqs=min(64, args.chunk))
         self.engine = Engine(self.executor, config, secret="benchmark", model="benchmark")
         self.num_requests = 0

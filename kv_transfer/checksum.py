@@ -21,8 +21,8 @@ class PieceChecksums(Protocol):
 
     inline_bytes: int  # hashing less than this costs less than handing it to a thread
 
-    def of(self, offsets: Sequence[int], piece_bytes: int) -> list[int]:
-        """Of the pieces at these places of the pool."""
+    def of(self, block_ids: Sequence[int], offset: int, piece_bytes: int) -> list[int]:
+        """Of the pieces that lie `offset` bytes after the beginning of these blocks."""
         ...
 
 
@@ -34,8 +34,9 @@ class HostChecksums:
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory
 
-    def of(self, offsets: Sequence[int], piece_bytes: int) -> list[int]:
-        return [checksum(self._memory.buffer[offset : offset + piece_bytes]) for offset in offsets]
+    def of(self, block_ids: Sequence[int], offset: int, piece_bytes: int) -> list[int]:
+        blocks = map(self._memory.block, block_ids)
+        return [checksum(block[offset : offset + piece_bytes]) for block in blocks]
 
 
 class Digests:

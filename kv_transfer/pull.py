@@ -80,24 +80,32 @@ class Pull:
     # What the link hears. On the loop.
 
     def announced(self, message: pb.Announcement) -> None:
-        group, count = message.layer_group, message.num_blocks
-        if self._first_token is not None or group >= len(self._next_block):
-            return self._fail(HandoffState.FAILED, "the source announced what it may not")
-        start = self._next_block[group]
-        if message.first_block != start or start + count > self._num_blocks:
-            return self._fail(HandoffState.FAILED, "the source announced blocks out of order")
-        if len(message.checksums) != (count if self._copier.checksums else 0):
-            return self._fail(HandoffState.FAILED, "the source announced another number of checksums than of pieces")
-        self._next_block[group] = start + count
-        if count and group in self._copier.needed_groups:
-            self._pending.append(Run(group, start, count, tuple(message.checksums)))
-        if message.HasField("first_token"):
+        wrong = "after the end" if self._first_token is not None else ""
+        for pieces in message.pieces:
+            wrong = wrong or self._note(pieces)
+        if message.HasField("first_token") and not wrong:
             if min(self._next_block) != self._num_blocks:
-                return self._fail(HandoffState.FAILED, "the source ended its announcements early")
+                wrong = "its end too early"
             self._first_token = message.first_token
             self._token_time = self._clock()
+        if wrong:
+            self._fail(HandoffState.FAILED, f"the source announced {wrong}")
         self._wake.set()
-        return None
+
+    def _note(self, pieces: pb.Pieces) -> str:
+        """Remember to copy them. Returns what is wrong with them."""
+        group, count = pieces.layer_group, pieces.num_blocks
+        if group >= len(self._next_block):
+            return "a layer group that there is not"
+        start = self._next_block[group]
+        if pieces.first_block != start or start + count > self._num_blocks:
+            return "blocks out of order"
+        if len(pieces.checksums) != (count if self._copier.checksums else 0):
+            return "another number of checksums than of pieces"
+        self._next_block[group] = start + count
+        if count and group in self._copier.needed_groups:
+            self._pending.append(Run(group, start, count, tuple(pieces.checksums)))
+        return ""
 
     def closed(self, message: pb.Closed) -> None:
         if self._handoff.state is HandoffState.READY and not message.reason:

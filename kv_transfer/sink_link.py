@@ -271,9 +271,11 @@ class SinkLink:
 
     def _release_when_unused(self) -> None:
         if not self.alive and not self._pulls:
-            if self.reader is not None:
-                self._closing = self.pool.submit(self.reader.close)  # unmapping device memory may wait for the device
-                self.reader = self.stream = None
+            reader, stream, self.reader, self.stream = self.reader, self.stream, None, None
+            if reader is not None and stream is not None:
+                self._closing = self.pool.submit(reader.close)  # unmapping device memory may wait for the device
+            elif reader is not None:
+                reader.close()
             self.pool.shutdown(wait=False)
 
 

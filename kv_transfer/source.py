@@ -27,7 +27,7 @@ from kv_transfer.fingerprint import difference
 from kv_transfer.lease import LeaseTable
 from kv_transfer.link import layer_ranges, layout_from_message, layout_to_message, link_handler
 from kv_transfer.plan import plan_transfer
-from kv_transfer.source_link import SourceLink, Work
+from kv_transfer.source_link import SourceLink, Span, Work
 from kv_transfer.transports.base import LINK_KEY_BYTES, ServerTransport
 from protos import transfer_pb2 as pb
 
@@ -333,23 +333,28 @@ class KvSource:
             held.link.post(_closed(lease_id, reason))
 
     def _cut(self, held: _Held) -> Work | None:
-        """The next pieces of the lease to announce: of the first group that has any."""
-        group = next((g for g, final in enumerate(held.num_final) if held.num_announced[g] < final), None)
-        if group is None:
-            if held.first_token is None:
-                return None
-            group = len(self._groups) - 1  # everything was announced before the token was known
-        start = held.num_announced[group]
-        size = self._piece_bytes(group)
-        stop = held.num_final[group]
-        if held.link is None or held.link.checksummed:
-            stop = min(stop, start + max(1, self._config.announce_bytes // size))
-        held.num_announced[group] = max(start, stop)
+        """What of the lease to announce next: all that is final, or as much of one group as is hashed at once."""
+        groups = [group for group, final in enumerate(held.num_final) if held.num_announced[group] < final]
+        if not groups and held.first_token is None:
+            return None
+        assert held.link is not None, held.lease_id
+        if held.link.checksummed:
+            spans = [self._take(held, group, self._config.announce_bytes) for group in groups[:1]]
+        else:
+            spans = [self._take(held, group, self._memory.size) for group in groups]
         first_token = None
         if held.all_announced:
             first_token, held.first_token = held.first_token, None
-        offsets = tuple(self._offset(held, group, block) for block in range(start, stop))
-        return Work(held.lease_id, group, start, offsets, size, first_token)
+        return Work(held.lease_id, tuple(spans), first_token)
+
+    def _take(self, held: _Held, group: int, max_bytes: int) -> Span:
+        """At least a piece."""
+        start = held.num_announced[group]
+        max_blocks = max(1, max_bytes // self._piece_bytes(group))
+        held.num_announced[group] = min(held.num_final[group], start + max_blocks)
+        block_ids = held.block_ids[start : held.num_announced[group]]
+        first = self._groups[group].start * self._memory.layout.layer_bytes
+        return Span(group, start, tuple(block_ids), first, self._piece_bytes(group))
 
     def _offset(self, held: _Held, group: int, block: int) -> int:
         layout = self._memory.layout

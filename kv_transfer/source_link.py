@@ -16,6 +16,7 @@ from typing import Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
+from engine.kv.layout import BlockId
 from kv_transfer.checksum import PieceChecksums
 from kv_transfer.transports.base import LINK_ID_BYTES
 from protos import transfer_pb2 as pb
@@ -27,19 +28,23 @@ WRITE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Pieces to announce: consecutive blocks of one layer group, by their offsets in the pool. May be none."""
+class Span:
+    """Final pieces of consecutive blocks of a lease, of one layer group."""
 
-    lease_id: str
     layer_group: int
     first_block: int
-    offsets: tuple[int, ...]
+    block_ids: tuple[BlockId, ...]
+    offset: int  # of the piece in its block
     piece_bytes: int
-    first_token: pb.FirstToken | None  # with the last announcement of the lease
 
-    @property
-    def num_bytes(self) -> int:
-        return len(self.offsets) * self.piece_bytes
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one announcement says."""
+
+    lease_id: str
+    spans: tuple[Span, ...]
+    first_token: pb.FirstToken | None  # with the last announcement of the lease
 
 
 class LinkDesk(Protocol):
@@ -161,20 +166,23 @@ class SourceLink:
 
     async def _announce(self, work: Work) -> pb.SourceMessage:
         """Hash what is final. If the lease ends meanwhile the sums are worthless, and the sink is told by `Closed`."""
-        sums: list[int] = []
-        if self.checksummed and work.num_bytes < self._checksums.inline_bytes:
-            sums = self._checksums.of(work.offsets, work.piece_bytes)
-        elif self.checksummed and work.offsets:
-            sums = await self._loop.run_in_executor(self._hasher, self._checksums.of, work.offsets, work.piece_bytes)
-        return pb.SourceMessage(
-            announcement=pb.Announcement(
-                lease_id=work.lease_id,
-                layer_group=work.layer_group,
-                first_block=work.first_block,
-                num_blocks=len(work.offsets),
-                checksums=sums,
-                first_token=work.first_token,
+        pieces = [
+            pb.Pieces(
+                layer_group=span.layer_group,
+                first_block=span.first_block,
+                num_blocks=len(span.block_ids),
+                checksums=await self._hash(span) if self.checksummed else (),
             )
+            for span in work.spans
+        ]
+        announcement = pb.Announcement(lease_id=work.lease_id, pieces=pieces, first_token=work.first_token)
+        return pb.SourceMessage(announcement=announcement)
+
+    async def _hash(self, span: Span) -> list[int]:
+        if len(span.block_ids) * span.piece_bytes < self._checksums.inline_bytes:
+            return self._checksums.of(span.block_ids, span.offset, span.piece_bytes)
+        return await self._loop.run_in_executor(
+            self._hasher, self._checksums.of, span.block_ids, span.offset, span.piece_bytes
         )
 
     async def _write(self, context: grpc.aio.ServicerContext, message: pb.SourceMessage) -> None:

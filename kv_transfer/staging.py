@@ -47,10 +47,11 @@ class DeviceChecksums:
         self._memory = memory
         self._window: HostWindow | None = None  # most links need none
 
-    def of(self, offsets: Sequence[int], piece_bytes: int) -> list[int]:
+    def of(self, block_ids: Sequence[int], offset: int, piece_bytes: int) -> list[int]:
         if self._window is None:
             self._window = HostWindow(self._memory)
-        digests = Digests(piece_bytes for _ in offsets)
-        for chunk in self._window.chunks([(offset, piece_bytes) for offset in offsets]):
+        digests = Digests(piece_bytes for _ in block_ids)
+        block_bytes = self._memory.layout.block_bytes
+        for chunk in self._window.chunks([(block_id * block_bytes + offset, piece_bytes) for block_id in block_ids]):
             digests.arrived(chunk)
         return digests.done

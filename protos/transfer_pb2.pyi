@@ -125,20 +125,26 @@ class HelloReply(_message.Message):
     def __init__(self, refused: _Optional[str] = ..., epoch: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., lease_ms: _Optional[int] = ..., transport: _Optional[str] = ..., transport_address: _Optional[str] = ..., transport_key: _Optional[bytes] = ...) -> None: ...
 
 class Announcement(_message.Message):
-    __slots__ = ("lease_id", "layer_group", "first_block", "checksums", "first_token", "num_blocks")
+    __slots__ = ("lease_id", "pieces", "first_token")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    pieces: _containers.RepeatedCompositeFieldContainer[Pieces]
+    first_token: FirstToken
+    def __init__(self, lease_id: _Optional[str] = ..., pieces: _Optional[_Iterable[_Union[Pieces, _Mapping]]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ...) -> None: ...
+
+class Pieces(_message.Message):
+    __slots__ = ("layer_group", "first_block", "num_blocks", "checksums")
     LAYER_GROUP_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    lease_id: str
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     layer_group: int
     first_block: int
-    checksums: _containers.RepeatedScalarFieldContainer[int]
-    first_token: FirstToken
     num_blocks: int
-    def __init__(self, lease_id: _Optional[str] = ..., layer_group: _Optional[int] = ..., first_block: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer_group: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token_id", "finished")

@@ -3,7 +3,8 @@
 The pool is block-major, so a layer is a strided view of it, which the kernels read at full speed. Rows of decoding
 sequences (spans of one token) and of prompts (longer spans) are groups, each attended to by one kernel:
 
-* decode: "fa2" on tensor cores, with long sequences split between multiprocessors;
+* decode of short or even sequences: a kernel of our own, which reads each from end to end;
+* other decode: "fa2" on tensor cores, with long sequences cut into pieces for several multiprocessors;
 * prompts with nothing before them: "fa3" on the keys and values at hand, which need no gathering;
 * other prompts: "fa3" over the blocks, or "fa2" where that has too few tiles for the GPU or the KV is in 8 bits.
 
@@ -37,6 +38,7 @@ from engine.attention.indices import (
     token_rows,
     unpack,
 )
+from engine.kernels.decode_attention import decode_attention
 from engine.kernels.rope_kv import rotate_and_store
 from engine.layers.rotary import Rotation
 
@@ -63,12 +65,10 @@ class Kernel:
     source: Literal["blocks", "heads"]
     is_decode: bool
     in_graph: bool = False  # with a grid that holds any number of pieces that KV may be cut into
-    cuts: bool = True
 
 
-DECODE = Kernel("fa2", "blocks", is_decode=True)
-CUT_DECODE = Kernel("fa2", "blocks", is_decode=True, in_graph=True)
-WHOLE_DECODE = Kernel("fa2", "blocks", is_decode=True, cuts=False)
+CUT_DECODE = Kernel("fa2", "blocks", is_decode=True)
+GRAPH_CUT_DECODE = Kernel("fa2", "blocks", is_decode=True, in_graph=True)
 FRESH_PROMPTS = Kernel("fa3", "heads", is_decode=False)
 PROMPTS = Kernel("fa3", "blocks", is_decode=False)
 SMALL_PROMPTS = Kernel("fa2", "blocks", is_decode=False)
@@ -134,7 +134,7 @@ class FlashInferAttention:
 
     def load(self, layers: Sequence[AttentionLayer]) -> None:
         """Load the kernels that `layers` may need; those that no process on this machine ever used are compiled."""
-        kernels = [DECODE]
+        kernels = [CUT_DECODE]
         if self.major == 9:
             kernels += [FRESH_PROMPTS, PROMPTS] if self.kv.dtype == self.dtype else [FRESH_PROMPTS]
         keys = {self._module_key(kernel, layer) for kernel in kernels for layer in layers}
@@ -151,7 +151,7 @@ class FlashInferAttention:
 
     def decode_graph(self, num_rows: int, spare_block: int, *, cuts: bool = True) -> "DecodeGraphAttention":
         """For a captured step of `num_rows` rows, which is to be replayed when `self.cuts` says `cuts`."""
-        return DecodeGraphAttention(self, num_rows, spare_block, CUT_DECODE if cuts else WHOLE_DECODE)
+        return DecodeGraphAttention(self, num_rows, spare_block, cuts)
 
     def cuts(self, spans: Sequence[Span], num_rows: int) -> bool:
         """Whether a decode step of `spans` in `num_rows` rows is faster with its longest sequences cut.
@@ -278,7 +278,8 @@ class Group:
             if kernel.is_decode:  # the planner's bound is (what the GPU holds - reserved) / num_kv_heads
                 bound = attention.max_decode_chunks(num_rows) * attention.num_kv_heads
                 reserved = BLOCKS_PER_SM * attention.num_sms - bound
-            arguments += [chunk_size, not kernel.cuts, reserved]
+            never_cuts = False
+            arguments += [chunk_size, never_cuts, reserved]
         plan = list(module.plan(*arguments))
         memory.copied.record()
         return plan
@@ -289,6 +290,31 @@ class Group:
         for window, (module, captured) in self.plans.items():
             plan = self.plan(module, window)
             assert plan == captured, (window, plan, captured)
+
+
+class WholeDecodeGroup:
+    """Decode rows whose sequences are read from end to end; there is nothing to plan."""
+
+    def __init__(self, attention: FlashInferAttention, num_tokens: int, tensors: DeviceIndices) -> None:
+        self.attention, self.num_tokens, self.tensors = attention, num_tokens, tensors
+
+    def attend(self, layer: AttentionLayer, queries: Tensor, heads: Tensor, out: Tensor) -> None:  # noqa: ARG002
+        attention, tensors = self.attention, self.tensors
+        decode_attention(
+            queries,
+            attention.kv[:, layer.index],
+            tensors.block_ids,
+            tensors.block_indptr,
+            tensors.last_block_lengths,
+            layer.scale * attention.k_scales[layer.index],
+            window=layer.window,
+            softcap=layer.softcap,
+            v_scale=attention.v_scales[layer.index],
+            out=out,
+        )
+
+    def replan(self, indices: SpanIndices) -> None:
+        pass
 
 
 class FlashInferStep:
@@ -302,7 +328,6 @@ class FlashInferStep:
         decodes = [i for i, span in enumerate(spans) if span.num_tokens == 1]
         prompts = [i for i, span in enumerate(spans) if span.num_tokens > 1]
         parts = [[spans[i] for i in members] for members in (decodes, prompts) if members]
-        kernels = [DECODE if part[0].num_tokens == 1 else attention.prompt_kernel(part) for part in parts]
         hosts = [index_spans(part, attention.block_size, attention.num_blocks) for part in parts]
         slots = np.concatenate([host.slots for host in hosts])
         arrays: list[Int64s | Int32s] = [slots, *(array for host in hosts for array in host.arrays)]
@@ -313,10 +338,17 @@ class FlashInferStep:
         tensors = iter(stage(arrays, attention.kv.device))
         self.slots = next(tensors)
         self.groups = [
-            Group(attention, kernel, host, DeviceIndices(*islice(tensors, len(host.arrays))))
-            for kernel, host in zip(kernels, hosts, strict=True)
+            self._group(part, host, DeviceIndices(*islice(tensors, len(host.arrays))))
+            for part, host in zip(parts, hosts, strict=True)
         ]
         self.rows: Tensor | None = next(tensors, None)  # of the step's tokens, in the order of the groups
+
+    def _group(self, spans: Sequence[Span], host: SpanIndices, tensors: DeviceIndices) -> Group | WholeDecodeGroup:
+        if spans[0].num_tokens > 1:
+            return Group(self.attention, self.attention.prompt_kernel(spans), host, tensors)
+        if self.attention.cuts(spans, len(spans)):
+            return Group(self.attention, CUT_DECODE, host, tensors)
+        return WholeDecodeGroup(self.attention, len(spans), tensors)
 
     def rotate_and_store(self, layer: AttentionLayer, heads: Tensor, rotation: Rotation) -> None:
         self.attention.rotate_and_store(layer, heads, rotation, self.slots)
@@ -346,7 +378,7 @@ class DecodeGraphAttention:
     tensors that `prepare` fills, so one that was prepared is replayed before the next is prepared.
     """
 
-    def __init__(self, attention: FlashInferAttention, num_rows: int, spare_block: int, kernel: Kernel) -> None:
+    def __init__(self, attention: FlashInferAttention, num_rows: int, spare_block: int, cuts: bool) -> None:
         assert 1 <= num_rows <= attention.max_graph_rows, (num_rows, attention.max_graph_rows)
         self.attention = attention
         self.num_rows = num_rows
@@ -356,7 +388,10 @@ class DecodeGraphAttention:
         self.slots, *tensors = unpack(attention.graph_indices, arrays)
         block_ids = attention.graph_indices[offsets(arrays)[-2] :]
         tensors[-1] = block_ids[: block_ids.numel() // 4 * 4].view(torch.int32)
-        self.group = Group(attention, kernel, indices, DeviceIndices(*tensors))
+        on_device = DeviceIndices(*tensors)
+        self.group: Group | WholeDecodeGroup = WholeDecodeGroup(attention, num_rows, on_device)
+        if cuts:
+            self.group = Group(attention, GRAPH_CUT_DECODE, indices, on_device)
         self.prepare([])
 
     def prepare(self, spans: Sequence[Span]) -> None:

@@ -8,7 +8,7 @@ import torch
 from engine.attention.base import AttentionBackend, Span
 from engine.attention.paged import PagedAttention
 from engine.executors.base import SampleSpec
-from engine.executors.cuda_graphs import DecodeGraphs, GraphAttention
+from engine.executors.cuda_graphs import CapturableAttention, DecodeGraphs
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
 from engine.models.decoder import CausalLM
@@ -76,15 +76,9 @@ def capture_graphs(
     model: CausalLM, attention: AttentionBackend, max_rows: int, spare_block: int
 ) -> DecodeGraphs | None:
     """None where the attention cannot be captured."""
-    make_graph_attention = getattr(attention, "decode_graph", None)
-    if make_graph_attention is None or max_rows == 0:
+    if max_rows == 0 or not isinstance(attention, CapturableAttention):
         return None
-
-    def make(num_rows: int) -> GraphAttention:
-        made: GraphAttention = make_graph_attention(num_rows, spare_block)
-        return made
-
-    graphs = DecodeGraphs(model, make, max_rows)
+    graphs = DecodeGraphs(model, attention, max_rows, spare_block)
     graphs.capture()
     return graphs
 

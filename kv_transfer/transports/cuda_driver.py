@@ -24,17 +24,11 @@ class _Handle(ctypes.Structure):
 @contextmanager
 def context(device_index: int) -> Iterator[None]:
     """The calls below are for this device, in this thread. It is the context that torch works in as well."""
-    device, primary = ctypes.c_int(), ctypes.c_void_p()
-    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(device_index))
-    _call("cuDevicePrimaryCtxRetain", ctypes.byref(primary), device)
+    _call("cuCtxPushCurrent_v2", ctypes.c_void_p(_primary(device_index)))
     try:
-        _call("cuCtxPushCurrent_v2", primary)
-        try:
-            yield
-        finally:
-            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+        yield
     finally:
-        _call("cuDevicePrimaryCtxRelease_v2", device)
+        _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 def allocation(address: int) -> tuple[int, int]:
@@ -76,6 +70,17 @@ def _call(name: str, *args: object) -> None:
         text = ctypes.c_char_p()
         driver.cuGetErrorName(status, ctypes.byref(text))
         raise CudaError(f"{name}: {(text.value or b'unknown error').decode()}")
+
+
+@cache
+def _primary(device_index: int) -> int:
+    """Never released: mappings would go with it when torch has not begun to use the device."""
+    device, primary = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuInit", ctypes.c_uint(0))
+    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(device_index))
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(primary), device)
+    assert primary.value is not None
+    return primary.value
 
 
 @cache

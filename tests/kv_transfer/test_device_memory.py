@@ -137,17 +137,19 @@ async def test_announcements_of_what_no_cpu_touches_are_whole_and_carry_no_check
 
     monkeypatch.setattr(Pull, "announced", listen)
     config = SourceConfig(announce_bytes=LAYOUT.layer_bytes)
-    for transport, announced in (("loopback", [(8, 0)] * 2), ("tcp", [(1, 1)] * 16)):
+    for transport, announced in (("loopback", [[(8, 0)] * 2]), ("tcp", [[(1, 1)]] * 16)):
         heard.clear()
         async with pair(transport, memories=DEVICES, source_config=config) as p:
             lease_id, offer, _ = p.open(30)
             p.source.finish(lease_id, FIRST_TOKEN, False)
             await p.pull(offer, 30)
-        assert [(message.num_blocks, len(message.checksums)) for message in heard] == announced
+        said = [[(pieces.num_blocks, len(pieces.checksums)) for pieces in message.pieces] for message in heard]
+        assert said == announced
 
 
 async def test_what_comes_through_the_cpu_is_verified_before_it_reaches_the_device() -> None:
-    async with pair("tcp", memories=DEVICES, wrap=every(3, flip)) as p:
+    config = SinkConfig(copy_threads=1)
+    async with pair("tcp", memories=DEVICES, wrap=every(3, flip), sink_config=config) as p:
         lease_id, offer, blocks = p.open(30)
         p.source.finish(lease_id, FIRST_TOKEN, False)
         await p.pull(offer, 30)

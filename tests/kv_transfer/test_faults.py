@@ -88,7 +88,7 @@ async def test_two_swapped_pieces_are_noticed() -> None:
 
         def swapped(held: Any) -> Any:  # the sums of the two blocks change places
             work = cut(held)
-            return work and replace(work, offsets=work.offsets[::-1])
+            return work and replace(work, spans=[replace(s, block_ids=s.block_ids[::-1]) for s in work.spans])
 
         p.source._cut = swapped
         p.source.finish(lease_id, FIRST_TOKEN, False)

@@ -107,15 +107,18 @@ def announcement(
     group: int, first: int, count: int, last: bool = False, num_checksums: int | None = None
 ) -> pb.SourceMessage:
     token = pb.FirstToken(token_id=1) if last else None
-    message = pb.Announcement(
-        lease_id="x",
+    pieces = pb.Pieces(
         layer_group=group,
         first_block=first,
         num_blocks=count,
         checksums=[7] * min(8, count if num_checksums is None else num_checksums),
-        first_token=token,
     )
-    return pb.SourceMessage(announcement=message)
+    return pb.SourceMessage(announcement=pb.Announcement(lease_id="x", pieces=[pieces], first_token=token))
+
+
+def together(*messages: pb.SourceMessage) -> pb.SourceMessage:
+    pieces = [each for message in messages for each in message.announcement.pieces]
+    return pb.SourceMessage(announcement=pb.Announcement(lease_id="x", pieces=pieces))
 
 
 def layout(**change: object) -> dict[str, object]:
@@ -162,6 +165,9 @@ async def test_a_greeting_that_lies_about_sizes_copies_nothing(greeting: dict) -
         [announcement(0, 0, 3)],
         [announcement(0, 2**32 - 1, 1)],
         [announcement(0, 0, 1), announcement(0, 0, 1)],
+        [together(announcement(0, 0, 1), announcement(0, 0, 1))],
+        [together(announcement(1, 0, 2), announcement(0, 0, 3))],
+        [together(*[announcement(0, 0, 0)] * 9, announcement(7, 0, 1))],
         [announcement(0, 0, 2, last=True)],
         [announcement(0, 0, 2), announcement(1, 0, 1, last=True)],
         [pb.SourceMessage(closed=pb.Closed(lease_id="x", valid=True))],
