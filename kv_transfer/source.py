@@ -223,7 +223,7 @@ class KvSource:
         with self._lock:
             if len(self._links) >= self._config.max_links:
                 return None
-            link.checksummed = transport.checksums
+            link.checksummed, link.worthwhile_bytes = transport.checksums, transport.worthwhile_bytes
             self._links[link.id] = link
             self._dirty[link] = {}
         return pb.HelloReply(
@@ -338,6 +338,8 @@ class KvSource:
         if not groups and held.first_token is None:
             return None
         assert held.link is not None, held.lease_id
+        if held.first_token is None and self._num_pending_bytes(held) < held.link.worthwhile_bytes:
+            return None  # more is to come
         if held.link.checksummed:
             spans = [self._take(held, group, self._config.announce_bytes) for group in groups[:1]]
         else:
@@ -346,6 +348,11 @@ class KvSource:
         if held.all_announced:
             first_token, held.first_token = held.first_token, None
         return Work(held.lease_id, tuple(spans), first_token)
+
+    def _num_pending_bytes(self, held: _Held) -> int:
+        """Of what is final and not announced."""
+        pairs = enumerate(zip(held.num_final, held.num_announced, strict=True))
+        return sum((final - announced) * self._piece_bytes(group) for group, (final, announced) in pairs)
 
     def _take(self, held: _Held, group: int, max_bytes: int) -> Span:
         """At least a piece."""

@@ -59,7 +59,7 @@ class LinkDesk(Protocol):
 
 
 class SourceLink:
-    """`checksummed` says whether its announcements carry checksums; the source sets it with the greeting."""
+    """`checksummed` and `worthwhile_bytes` are its transport's; the source sets them with the greeting."""
 
     def __init__(
         self, desk: LinkDesk, checksums: PieceChecksums, hasher: Executor, key: bytes, heartbeat_s: float
@@ -68,6 +68,7 @@ class SourceLink:
         self.id = key[:LINK_ID_BYTES]
         self._desk = desk
         self.checksummed = True
+        self.worthwhile_bytes = 0
         self._checksums = checksums
         self._hasher = hasher
         self._heartbeat_s = heartbeat_s

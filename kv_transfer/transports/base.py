@@ -166,6 +166,11 @@ class ServerTransport(Protocol):
         ...
 
     @property
+    def worthwhile_bytes(self) -> int:
+        """How much KV of a prompt is worth an announcement before the prompt is complete."""
+        ...
+
+    @property
     def address(self) -> str: ...
 
     def reaches(self, boot_id: str) -> bool:

@@ -31,6 +31,8 @@ class CudaIpcServer:
 
     name = NAME
     checksums = False
+    # Microseconds to copy. Where both processes share a GPU each copy also makes it change from one to the other.
+    worthwhile_bytes = 128 << 20
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._boot_id = host_boot_id()

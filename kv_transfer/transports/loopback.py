@@ -24,6 +24,7 @@ class LoopbackServer:
 
     def __init__(self, memory: KvMemory, registry: Registry, address: str) -> None:
         self.checksums = isinstance(memory, HostMemory)
+        self.worthwhile_bytes = 0
         self._memory = memory
         self._registry = registry
         self.address = address

@@ -32,6 +32,7 @@ def host_boot_id() -> str:
 class SharedMemoryServer:
     name = NAME
     checksums = True
+    worthwhile_bytes = 0
 
     def __init__(self, memory: HostMemory) -> None:
         self._memory = memory

@@ -8,13 +8,12 @@ import socket
 from collections.abc import Callable, Sequence
 from threading import Event, Lock
 
-from engine.auth import challenge_response
 from engine.errors import TransferError
 from kv_transfer.transports import tcp_wire as wire
-from kv_transfer.transports.base import LINK_ID_BYTES, LINK_KEY_BYTES, PART_BYTES, Arrived, Fetch
+from kv_transfer.transports.base import PART_BYTES, Arrived, Fetch
+from kv_transfer.transports.listener import dial, parse_address
 
 NAME = wire.NAME
-CONNECT_S = 2.0
 
 
 class TcpSink:
@@ -24,10 +23,7 @@ class TcpSink:
         self._token = token
 
     def connect(self, address: str, key: bytes, size: int) -> "TcpReader":  # noqa: ARG002
-        host, _, port = address.rpartition(":")
-        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536) or len(key) != LINK_KEY_BYTES:
-            raise TransferError("the source's TCP address or key is malformed", retryable=True)
-        reader = TcpReader((host.strip("[]"), int(port)), key, self._token)
+        reader = TcpReader(parse_address(address, key), key, self._token)
         reader.warm_up()
         return reader
 
@@ -46,7 +42,7 @@ class TcpReader:
     def warm_up(self) -> None:
         """Fail now rather than at the first piece."""
         try:
-            self._idle.append(self._connect(lambda: False))
+            self._idle.append(self._dial(lambda: False))
         except (wire.Disconnected, OSError) as error:
             raise TransferError(f"the source's data port cannot be used: {error}", retryable=True) from error
 
@@ -55,7 +51,7 @@ class TcpReader:
         try:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
-            connection = connection or self._connect(stop.is_set)
+            connection = connection or self._dial(stop.is_set)
             refused = False
             for start in range(0, len(fetches), wire.MAX_PIECES):
                 refused = refused or not self._exchange(
@@ -94,19 +90,5 @@ class TcpReader:
                 arrived(part)
         return True
 
-    def _connect(self, stop: Callable[[], bool]) -> socket.socket:
-        connection = socket.create_connection(self._address, timeout=CONNECT_S)
-        try:
-            wire.prepare(connection)
-            greeting = wire.receive_bytes(connection, wire.GREETING.size, stop=stop)
-            magic, challenge = wire.GREETING.unpack(greeting)
-            if magic != wire.MAGIC:
-                raise wire.Disconnected("the other end does not talk this protocol")
-            digest = challenge_response(self._token, challenge + self._key)
-            wire.send(connection, wire.PROOF.pack(wire.MAGIC, self._key[:LINK_ID_BYTES], digest), stop=stop)
-            if wire.receive_bytes(connection, len(wire.MAGIC), stop=stop) != wire.MAGIC:
-                raise wire.Disconnected("the other end does not talk this protocol")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+    def _dial(self, stop: Callable[[], bool]) -> socket.socket:
+        return dial(self._address, self._key, self._token, wire.MAGIC, stop=stop)

@@ -152,6 +152,7 @@ class StagedTransport:
 
     name = "staged"
     checksums = False
+    worthwhile_bytes = 0
     address = ""
     batch_bytes = 3000
 

@@ -314,3 +314,24 @@ def test_without_a_driver_there_is_a_clear_error() -> None:
         pytest.skip("there is a driver")
     with pytest.raises(cuda_driver.CudaError), cuda_driver.context(0):
         pass
+
+
+async def test_a_part_of_a_prompt_is_announced_once_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StagedTransport, "worthwhile_bytes", 2 * LAYOUT.block_bytes)
+    async with pair("staged", memories=("device", "device")) as p:
+        lease_id, offer, blocks = p.open(18)
+        task = p.pull(offer, 18)
+        others = range(40, 41)
+        other_id, other, _ = p.open(3, name="other")
+        for group in range(2):
+            p.source.announce(lease_id, group, 1)
+        p.source.finish(other_id, FIRST_TOKEN, False)
+        await p.pull(other, 3, blocks=others)  # the same link, so what was announced before has arrived before
+        assert p.untouched(except_blocks=others)
+        for group in range(2):
+            p.source.announce(lease_id, group, 2)
+        await until(lambda: not p.untouched(except_blocks=others))
+        assert not task.done()
+        p.source.finish(lease_id, FIRST_TOKEN, True)
+        await task
+        p.check(blocks, 18)

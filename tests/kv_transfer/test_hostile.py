@@ -419,7 +419,7 @@ def test_too_many_data_connections_are_turned_away_and_places_come_back(port: tu
         assert extra.recv(1) == b""
     for probe in probes:
         probe.close()
-    for thread in list(server._connections.values()):
+    for thread in list(server._listener._connections.values()):
         thread.join(5)
     assert read_one(server, guard) == bytes(guard.memory.block(0))
 
