@@ -16,41 +16,38 @@ from engine.kernels.launch import overlaps
 ONE_WAVE = 16 * 2 * 132  # rows of a weight
 
 
-def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [1, in], weight [out, in], bias [out] -> [1, out]"""
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """x [1, in], weight [out, in], bias [out] -> [1, out]
+
+    An FP8 weight has a float32 `scale` [out]. x keeps its type: the product is only as fast as the weight is read.
+    """
     out = torch.empty((1, weight.shape[0]), dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, out, "none")
+    _launch(x, weight, bias, scale, out, "none")
     return out
 
 
-def gemv_gated(x: Tensor, weight: Tensor, kind: str) -> Tensor:
+def gemv_gated(x: Tensor, weight: Tensor, kind: str, scale: Tensor | None = None) -> Tensor:
     """x [1, in], weight [gate rows then up rows, in] -> activation(gate) * up [1, size]; kind as in `gated`."""
     assert kind in ("silu", "gelu_tanh"), kind
     assert weight.shape[0] % 2 == 0, weight.shape
     out = torch.empty((1, weight.shape[0] // 2), dtype=x.dtype, device=x.device)
-    _launch(x, weight, None, out, kind)
+    _launch(x, weight, None, scale, out, kind)
     return out
 
 
-def gemv_add_(hidden: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`hidden += weight @ x + bias` in place, rounded once; returns hidden. hidden [1, out], x [1, in]."""
-    assert hidden.shape == (1, weight.shape[0]), (hidden.shape, weight.shape)
-    _launch(x, weight, bias, hidden, "add")
-    return hidden
-
-
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kind: str) -> None:
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, out: Tensor, kind: str) -> None:
     assert x.shape == (1, weight.shape[1]), (x.shape, weight.shape)
     assert x.stride(1) == weight.stride(1) == out.stride(1) == 1, (x.stride(), weight.stride(), out.stride())
     num_out, num_in = out.shape[1], weight.shape[1]
     if num_out == 0:
         return
-    rows, columns, num_warps = tile(num_out, num_in)
+    rows, columns, num_warps = tile(num_out, num_in, weight.element_size())
     pdl = overlaps(x)
     _gemv[(triton.cdiv(num_out, rows),)](
         x,
         weight,
         bias,
+        scale,
         out,
         num_out,
         num_in,
@@ -65,13 +62,16 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kind: s
     )
 
 
-def tile(num_out: int, num_in: int) -> tuple[int, int, int]:
+def tile(num_out: int, num_in: int, item_size: int) -> tuple[int, int, int]:
     """Rows and columns of the weight that a program multiplies at once, and its warps (measured on an H200).
 
     A short output goes in one wave of programs, two on each multiprocessor, so that the next kernel's find room
     at once; a long one in many small programs.
     """
-    rows, columns, num_warps = (16, 512, 8) if num_out <= ONE_WAVE else (1, 2048, 2)
+    if item_size == 1:
+        rows, columns, num_warps = 2, 2048, 4
+    else:
+        rows, columns, num_warps = (16, 512, 8) if num_out <= ONE_WAVE else (1, 2048, 2)
     return rows, min(columns, triton.next_power_of_2(num_in)), num_warps
 
 
@@ -80,6 +80,7 @@ def _gemv(
     x,
     weight,
     bias,
+    scale,
     out,
     num_out,
     num_in,
@@ -122,13 +123,16 @@ def _gemv(
         if GATED:
             other_sums += other.to(tl.float32) * values
     result = tl.sum(sums, axis=1)
+    other_result = tl.sum(other_sums, axis=1)
     exists = row < num_out
+    if scale is not None:
+        result *= tl.load(scale + row, mask=exists, other=0.0)
+        if GATED:
+            other_result *= tl.load(scale + num_out + row, mask=exists, other=0.0)
     if bias is not None:
         result += tl.load(bias + row, mask=exists, other=0.0).to(tl.float32)
     if GATED:
-        result = activate(result, KIND) * tl.sum(other_sums, axis=1)
-    if KIND == "add":
-        result += tl.load(out + row, mask=exists, other=0.0).to(tl.float32)
+        result = activate(result, KIND) * other_result
     tl.store(out + row, result, mask=exists)
 
 

@@ -1,5 +1,4 @@
-"""Triton kernels around FP8 (e4m3) matrix products: activations to FP8, scales and bias of a product, and the product
-for a single token.
+"""Triton kernels around FP8 (e4m3) matrix products: activations to FP8, scales and bias of a product.
 
 Called by `engine.layers.fp8` on CUDA. Launches depend on shapes alone, so CUDA graphs can hold them.
 """
@@ -13,10 +12,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels.launch import overlaps
 
 MAX_BLOCK = 16384  # elements of a row that one program holds at a time
-# The fastest in sum over a layer of Llama-3-8B on an H200, of 14 combinations measured.
-GEMV_ROWS = 2
-GEMV_COLUMNS = 2048
-GEMV_WARPS = 4
 SCALED_BLOCK = 1024
 
 
@@ -83,78 +78,6 @@ def _quantize_rows(
         values = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32) / scale
         values = tl.minimum(tl.maximum(values, -448.0), 448.0)
         tl.store(quantized + start + columns, values.to(tl.float8e4nv), mask=inside)
-
-
-def fp8_gemv(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [1, in] in the model's type, weight [out, in] in FP8, weight_scale [out] -> [1, out]; sums in float32.
-
-    One token's product is only as fast as the weight is read, so x keeps its type.
-    """
-    num_rows, size = weight.shape
-    assert x.shape == (1, size), x.shape
-    out = torch.empty(1, num_rows, dtype=x.dtype, device=x.device)
-    pdl = overlaps(x)
-    _fp8_gemv[(triton.cdiv(num_rows, GEMV_ROWS),)](
-        x,
-        weight,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        out,
-        num_rows,
-        size,
-        ROWS=GEMV_ROWS,
-        COLUMNS=GEMV_COLUMNS,
-        EVEN=num_rows % GEMV_ROWS == 0 and size % GEMV_COLUMNS == 0,
-        HAS_BIAS=bias is not None,
-        PDL=pdl,
-        num_warps=GEMV_WARPS,
-        launch_pdl=pdl,
-    )
-    return out
-
-
-@triton.jit
-def _fp8_gemv(
-    x,
-    weight,
-    weight_scale,
-    bias,
-    out,
-    num_rows,
-    size: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = rows < num_rows
-    lines = weight + rows.to(tl.int64)[:, None] * size + columns[None, :]
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # Always one block ahead; the first does not wait for the kernel that makes x.
-    block = _load(lines, inside[:, None] & (columns < size)[None, :], EVEN)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    part = _load(x + columns, columns < size, EVEN)
-    for start in range(COLUMNS, size, COLUMNS):
-        wanted = start + columns < size
-        following = _load(lines + start, inside[:, None] & wanted[None, :], EVEN)
-        following_part = _load(x + start + columns, wanted, EVEN)
-        sums += block.to(tl.float32) * part.to(tl.float32)[None, :]
-        block, part = following, following_part
-    sums += block.to(tl.float32) * part.to(tl.float32)[None, :]
-    total = tl.sum(sums, axis=1) * tl.load(weight_scale + rows, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + rows, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _load(places, mask, EVEN: tl.constexpr):
-    return tl.load(places) if EVEN else tl.load(places, mask=mask, other=0.0)
 
 
 def scale_product_(product: Tensor, scales: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:

@@ -50,10 +50,11 @@ def fp8_linear(
     `input_scale` is the checkpoint's, one float32; None scales each token by its own largest magnitude. `one` is a 1
     in float32 on the device, kept because making it would be a kernel of its own.
     """
-    from engine.kernels.quantize import fp8_gemv, quantize_rows, scale_product_
+    from engine.kernels.gemv import gemv
+    from engine.kernels.quantize import quantize_rows, scale_product_
 
     if x.shape[0] == 1:
-        return fp8_gemv(x, weight, weight_scale, bias)
+        return gemv(x, weight, bias, weight_scale)
     quantized, scales = quantize_rows(x, input_scale)
     if x.shape[0] * weight.shape[0] < SCALED_AFTERWARDS:
         product = scaled_mm(quantized, weight, one, one, x.dtype)

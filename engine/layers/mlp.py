@@ -22,10 +22,10 @@ class GatedMLP(nn.Module):
 
     def _gated(self, x: Tensor) -> Tensor:
         layer = self.gate_up_proj
-        if x.is_cuda and x.shape[0] == 1 and layer.weight_scale is None and layer.bias is None:
+        if x.is_cuda and x.shape[0] == 1 and layer.bias is None:
             from engine.kernels.gemv import gemv_gated
 
-            return gemv_gated(x, layer.weight, "gelu_tanh" if self.uses_gelu else "silu")
+            return gemv_gated(x, layer.weight, "gelu_tanh" if self.uses_gelu else "silu", layer.weight_scale)
         return gated(layer(x), self.uses_gelu)
 
 

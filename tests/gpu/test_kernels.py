@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from engine import sampler  # noqa: E402
 from engine.executors.base import SampleSpec  # noqa: E402
 from engine.kernels.activation import gated  # noqa: E402
-from engine.kernels.gemv import gemv, gemv_add_, gemv_gated  # noqa: E402
+from engine.kernels.argmax import argmax  # noqa: E402
+from engine.kernels.gemv import gemv, gemv_gated  # noqa: E402
 from engine.kernels.norm import add_rms_norm, rms_norm  # noqa: E402
 from engine.kernels.rope_kv import rotate_and_store  # noqa: E402
 from engine.kernels.select import draw, thresholds  # noqa: E402
@@ -151,13 +152,12 @@ SHAPES = [(6144, 4096), (100, 4096), (33, 77), (6, 5000), (1, 1)]
 def test_gemv_equals_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
     num_out, num_in = shape
     x, weight = random(1, num_in, dtype=dtype), random(num_out, num_in, dtype=dtype) / num_in**0.5
-    bias, hidden = random(num_out, dtype=dtype), random(1, num_out, dtype=dtype)
+    bias = random(num_out, dtype=dtype)
     product = x.double() @ weight.double().T
     assert_close(gemv(x, weight), product)
     assert_close(gemv(x, weight, bias), product + bias)
-    expected = hidden.double() + product + bias
-    assert gemv_add_(hidden, x, weight, bias) is hidden
-    assert_close(hidden, expected)
+    scale = random(num_out).abs()
+    assert_close(gemv(x, weight, bias, scale), product * scale + bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,6 +167,9 @@ def test_gemv_gated_equals_torch(shape: tuple[int, int], kind: str, dtype: torch
     x, weight = random(1, shape[1], dtype=dtype), random(*shape, dtype=dtype) / shape[1] ** 0.5
     gate, up = (x.double() @ weight.double().T).chunk(2, -1)
     assert_close(gemv_gated(x, weight, kind), activated(gate, kind) * up)
+    scale = random(shape[0]).abs()
+    gate, up = (x.double() @ weight.double().T * scale).chunk(2, -1)
+    assert_close(gemv_gated(x, weight, kind, scale), activated(gate, kind) * up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,7 +270,7 @@ def test_a_captured_graph_replays_every_kernel_on_new_inputs() -> None:
         heads = gemv(x, qkv).view(1, 12, 64)
         rotate_and_store(heads, rotation.cos, rotation.sin, pool, slots, 8, 2)
         product = gemv_gated(rms_norm(summed, norm, 1e-5), gate_up, "silu")
-        gemv_add_(summed, gated(torch.cat((product, product), 1), "gelu_tanh"), down)
+        summed = add_rms_norm(summed, gemv(gated(torch.cat((product, product), 1), "gelu_tanh"), down), norm, 1e-5)
         weights = (summed.float() - summed.float().amax()).exp()
         least = thresholds(weights, *switches)
         return [heads, pool.clone(), summed, least, draw(weights, least, numbers)]
@@ -290,3 +293,13 @@ def captured(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
     with torch.cuda.graph(graph):
         outputs = run()
     return graph, outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5), (3, 20001), (2, 8192)])
+def test_argmax_gives_the_first_of_the_largest(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logits = random(*shape, dtype=dtype)
+    assert argmax(logits).tolist() == logits.float().argmax(-1).tolist()
+    logits[:, -1] = logits[:, -3] = 100.0
+    assert argmax(logits).tolist() == [shape[1] - 3] * shape[0]
+    assert argmax(torch.full_like(logits, -torch.inf)).tolist() == [0] * shape[0]
