@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 MARGIN_BYTES = GIB  # CUDA's own memory, loaded kernels, captured graphs, fragments
 RANDOM = SampleSpec(SamplingParams(top_k=50, top_p=0.9), seed=0, token_ids=(0,), num_prompt_tokens=1)
+GREEDY = SampleSpec(SamplingParams(temperature=0.0), seed=0, token_ids=(0,), num_prompt_tokens=1)
+# Kernels are compiled anew for one row, for rows in multiples of 16, and for sizes of their tiles.
+WARM_UP_TOKENS = (1, 2, 16, 17, 33, 48, 65, 80)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,17 @@ def capture_graphs(
     graphs = DecodeGraphs(model, attention, max_rows, spare_block)
     graphs.capture()
     return graphs
+
+
+def warm_up(model: CausalLM, attention: AttentionBackend, memory: DeviceMemory, max_tokens: int) -> None:
+    """Compile and load what steps of any size need, so that no request waits for it. Before there are requests."""
+    layout = memory.layout
+    for num_tokens in WARM_UP_TOKENS:
+        if num_tokens <= min(max_tokens, memory.num_blocks * layout.block_size):
+            prompt = [Span(0, num_tokens, range(layout.num_blocks_for(num_tokens)))]
+            decodes = [Span(0, 1, (0,))] * num_tokens
+            for spans in (prompt, decodes):
+                run_step(model, attention, spans, num_tokens, memory.device)
 
 
 def measure_peak(
@@ -164,4 +178,6 @@ def run_step(
     positions = torch.zeros(num_tokens, dtype=torch.float32, device=device)
     hidden = model(token_ids, positions, attention.begin_step(spans, None))
     num_rows = min(num_sampled, num_tokens)
-    sample(model.logits(hidden[:num_rows]), [RANDOM] * num_rows, [1] * num_rows)
+    specs = [RANDOM if row % 2 else GREEDY for row in range(num_rows)]
+    for each in (specs, [RANDOM] * num_rows):
+        sample(model.logits(hidden[:num_rows]), each, [1] * num_rows)

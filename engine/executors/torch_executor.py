@@ -27,6 +27,7 @@ from engine.executors.cuda_setup import (
     make_pool,
     measure_peak,
     num_blocks_that_fit,
+    warm_up,
 )
 from engine.executors.host_pool import available_memory, check_memory
 from engine.executors.model_loading import Loaded, choose_dtype, load, load_model
@@ -133,8 +134,15 @@ class TorchExecutor:
         self.memory = memory = make_pool(self.layout, num_blocks, device)
         limits = replace(limits, max_model_len=self.max_model_len)
         kv = memory.kv(getattr(torch, self.layout.dtype))
-        self._attention = make_attention(kv, model, dtype, limits, loaded.kv_scales)
-        self._graphs = capture_graphs(model, self._attention, limits.max_graph_rows, spare_block=num_blocks)
+        try:
+            self._attention = make_attention(kv, model, dtype, limits, loaded.kv_scales)
+            warm_up(model, self._attention, memory, min(limits.max_batch_tokens, limits.max_model_len))
+            self._graphs = capture_graphs(model, self._attention, limits.max_graph_rows, spare_block=num_blocks)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"no memory for attention and CUDA graphs beside {memory.size / 2**30:.1f} GiB of KV: lower "
+                f"kv_cache.memory, kv_cache.num_blocks or gpu_memory_fraction, or free memory on the GPU ({error})"
+            ) from error
 
     @torch.inference_mode()
     def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> PendingStep:
@@ -185,18 +193,18 @@ class TorchExecutor:
         return token_ids
 
     def _sample(self, chunks: Sequence[Chunk], hidden: Tensor) -> Choice | None:
-        ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
         sampling = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
-        self._sampled = hidden.new_zeros(len(chunks), dtype=torch.int64)
         if not sampling:
             return None
-        rows = to_device(ends[sampling] - 1, self._device)
+        if len(sampling) < hidden.shape[0]:
+            ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
+            hidden = hidden[to_device(ends[sampling] - 1, self._device)]
         specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
-        hidden = hidden if len(sampling) == hidden.shape[0] else hidden[rows]
         choice = sample(self._model.logits(hidden), specs, [chunks[i].end for i in sampling])
         if len(sampling) == len(chunks):
             self._sampled = choice.token_ids
         else:
+            self._sampled = choice.token_ids.new_zeros(len(chunks))
             self._sampled[to_device(sampling, self._device)] = choice.token_ids
         return choice
 
