@@ -175,10 +175,11 @@ class LocalBackend:
                 scheduled = self._engine.schedule()
                 if scheduled is not None:
                     self._engine.start(scheduled)
+                is_busy = self._engine.num_in_flight > 0  # what is collected may let others run
                 if scheduled is None or not self._engine.can_start:
                     for token in self._engine.collect():
                         self._deliver(token)
-                wait = 0.0 if scheduled is not None or self._engine.num_in_flight else IDLE_WAIT_S
+                wait = 0.0 if scheduled is not None or is_busy else IDLE_WAIT_S
             while self._engine.num_in_flight:  # they still use the memory that `close` gives back
                 self._engine.collect()
             self._fail(RuntimeError("the LLM was closed"))

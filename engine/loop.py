@@ -116,10 +116,11 @@ class WorkerLoop(Generic[C]):
             scheduled = self.engine.schedule()
             if scheduled is not None:
                 self._start(scheduled)
+            is_busy = self.engine.num_in_flight > 0  # what is collected may let others run
             if scheduled is None or not self.engine.can_start:
                 self._collect()
             self._publish()
-            wait = 0.0 if scheduled is not None or self.engine.num_in_flight else IDLE_WAIT_S
+            wait = 0.0 if scheduled is not None or is_busy else IDLE_WAIT_S
 
     def _receive(self, command: SessionCommand | Drain | C) -> None:
         match command:

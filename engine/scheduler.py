@@ -75,9 +75,10 @@ class Scheduler:
     def plan(self, *, in_flight: bool = False) -> Plan:
         """Plan the next step; `in_flight`: others have not ended yet."""
         plan = Plan()
-        self.short_of_blocks = False
+        was_short, self.short_of_blocks = self.short_of_blocks, False
         prefills = self._decode(plan, in_flight)
         if prefills is None:
+            self.short_of_blocks |= was_short
             return Plan(must_wait=True)
         budget = self._config.max_batch_tokens - len(plan.work)
         for sequence in prefills:
@@ -97,7 +98,7 @@ class Scheduler:
             num_tokens = len(sequence.token_ids) + sequence.num_pending
             if num_tokens - sequence.num_computed_tokens > 1:
                 prefills.append(sequence)
-            elif num_tokens >= sequence.max_planned_tokens:
+            elif sequence.num_pending and num_tokens >= sequence.max_planned_tokens:
                 pass  # it ends with a pending token
             elif sequence.must_know_tokens:
                 return None
