@@ -148,9 +148,11 @@ class TorchExecutor:
     def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> PendingStep:
         chunks = batch.chunks
         marks = GroupMarks(self.layer_groups, on_group_done, self._device)
-        hidden = self._forward(chunks, marks)
-        choice = self._sample(chunks, hidden)
-        prompt_logprobs = self._prompt_logprobs(chunks, hidden)
+        num_rows = rows_needed(chunks)
+        hidden = self._forward(chunks, num_rows, marks)
+        row_ends = np.cumsum(num_rows)
+        choice = self._sample(chunks, hidden, row_ends)
+        prompt_logprobs = self._prompt_logprobs(chunks, hidden, row_ends)
         sampling = [chunk.sample is not None for chunk in chunks]
         if self._device.type == "cpu":
             return FinishedStep(step_result(sampling, choice, prompt_logprobs))
@@ -164,8 +166,8 @@ class TorchExecutor:
             self.__dict__.pop(name, None)
         self.memory.close()
 
-    def _forward(self, chunks: Sequence[Chunk], marks: GroupMarks) -> Tensor:
-        """Hidden states before the final norm [num_tokens, hidden_size]."""
+    def _forward(self, chunks: Sequence[Chunk], num_rows: Sequence[int], marks: GroupMarks) -> Tensor:
+        """Hidden states before the final norm of the last `num_rows` tokens of each chunk [rows, hidden_size]."""
         spans = [Span(chunk.start, len(chunk.token_ids), chunk.block_ids) for chunk in chunks]
         token_ids = self._token_ids(chunks)
         positions = to_device(positions_of(spans), self._device)
@@ -175,7 +177,8 @@ class TorchExecutor:
             marks.mark_all()
             return hidden
         attention = self._attention.begin_step(spans, marks.on_layer_written)
-        hidden = self._model(token_ids, positions, attention)
+        rows = last_rows([span.num_tokens for span in spans], num_rows)
+        hidden = self._model(token_ids, positions, attention, None if rows is None else to_device(rows, self._device))
         return hidden
 
     def _token_ids(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -192,13 +195,13 @@ class TorchExecutor:
             token_ids[places] = self._sampled[to_device(np.array(sources)[following], self._device)]
         return token_ids
 
-    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor) -> Choice | None:
+    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor, row_ends: NDArray[np.int64]) -> Choice | None:
+        """hidden: rows of each chunk up to its place in `row_ends`, of which the last is sampled from."""
         sampling = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
         if not sampling:
             return None
         if len(sampling) < hidden.shape[0]:
-            ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
-            hidden = hidden[to_device(ends[sampling] - 1, self._device)]
+            hidden = hidden[to_device(row_ends[sampling] - 1, self._device)]
         specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
         choice = sample(self._model.logits(hidden), specs, [chunks[i].end for i in sampling])
         if len(sampling) == len(chunks):
@@ -208,20 +211,21 @@ class TorchExecutor:
             self._sampled[to_device(sampling, self._device)] = choice.token_ids
         return choice
 
-    def _prompt_logprobs(self, chunks: Sequence[Chunk], hidden: Tensor) -> list[list[TokenLogprobs] | None]:
+    def _prompt_logprobs(
+        self, chunks: Sequence[Chunk], hidden: Tensor, row_ends: NDArray[np.int64]
+    ) -> list[list[TokenLogprobs] | None]:
         found: list[list[TokenLogprobs] | None] = []
-        first = 0
-        for chunk in chunks:
+        for chunk, end in zip(chunks, row_ends.tolist(), strict=True):
             of_chunk: list[TokenLogprobs] | None = None
             if chunk.prompt_logprobs is not None:
                 num_rows = max(1, LOGITS_BYTES // (4 * self.vocab_size))
+                first = end - len(chunk.token_ids)
                 of_chunk = []
                 for start in range(0, len(chunk.next_token_ids), num_rows):
                     following = chunk.next_token_ids[start : start + num_rows]
                     logits = self._model.logits(hidden[first + start : first + start + len(following)])
                     of_chunk += prompt_logprobs(logits, following, chunk.prompt_logprobs)
             found.append(of_chunk)
-            first += len(chunk.token_ids)
         return found
 
 
@@ -230,6 +234,19 @@ def positions_of(spans: Sequence[Span]) -> NDArray[np.float32]:
     if all(span.num_tokens == 1 for span in spans):
         return np.array([span.start for span in spans], dtype=np.float32)
     return np.concatenate([np.arange(span.start, span.start + span.num_tokens, dtype=np.float32) for span in spans])
+
+
+def rows_needed(chunks: Sequence[Chunk]) -> list[int]:
+    """How many of the last tokens of each chunk: all whose logits are asked for, and one of every chunk."""
+    return [1 if chunk.prompt_logprobs is None else len(chunk.token_ids) for chunk in chunks]
+
+
+def last_rows(lengths: Sequence[int], num_rows: Sequence[int]) -> NDArray[np.int64] | None:
+    """Places of the last `num_rows` of each chunk, in chunks of `lengths` one after the other; None: all."""
+    if list(lengths) == list(num_rows):
+        return None
+    ends = np.cumsum(lengths).tolist()
+    return np.concatenate([np.arange(end - num, end) for end, num in zip(ends, num_rows, strict=True)])
 
 
 def make_layout(config: TorchConfig, model_config: ModelConfig, dtype: str) -> KvLayout:

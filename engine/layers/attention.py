@@ -26,8 +26,8 @@ class SelfAttention(nn.Module):
             softcap=config.attention_softcap,
         )
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: StepAttention) -> Tensor:
-        """x [num_tokens, hidden_size] -> the same shape."""
+    def attend(self, x: Tensor, rotation: Rotation, attention: StepAttention) -> Tensor:
+        """x [num_tokens, hidden_size] -> [num_tokens, num_heads * head_dim], for `o_proj`."""
         # [num_tokens, q heads then k heads then v heads, head_dim]
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -35,6 +35,4 @@ class SelfAttention(nn.Module):
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
         attention.rotate_and_store(self.layer, heads, rotation)
-        attended = attention.attend(self.layer, heads[:, : self.num_heads])
-        projected: Tensor = self.o_proj(attended)
-        return projected
+        return attention.attend(self.layer, heads[:, : self.num_heads])

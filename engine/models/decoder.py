@@ -4,6 +4,7 @@ A family gives the layer; its module names are the checkpoint's own, so that loa
 of all sequences lie one after the other, without padding.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from engine.attention.base import AttentionLayer, StepAttention
 from engine.layers.attention import SelfAttention
 from engine.layers.linear import Linear, linear
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import RotaryEmbedding
+from engine.layers.rotary import RotaryEmbedding, Rotation
 from engine.model_config import ModelConfig
 
 
@@ -27,10 +28,26 @@ class Embedding(nn.Module):
         return F.embedding(token_ids, self.weight)
 
 
+class DecoderLayer(nn.Module):
+    """One layer in two parts: what every token needs, so that others can attend to it, and what only makes its output.
+
+    What a block has to add to the residual stream `hidden` [num_tokens, hidden_size] is handed on as `delta`, so that
+    adding it, in place, and the next norm are one operation.
+    """
+
+    @abstractmethod
+    def attend(self, hidden: Tensor, delta: Tensor | None, rotation: Rotation, attention: StepAttention) -> Tensor:
+        """Adds the `delta` of the layer before, None for the first -> [num_tokens, num_heads * head_dim]"""
+
+    @abstractmethod
+    def feed_forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """`attended` as `attend` gives it, or some rows of both -> delta, of the shape of `hidden`"""
+
+
 class Stack(nn.Module):
     """The part of a checkpoint under `model.`"""
 
-    def __init__(self, config: ModelConfig, layers: Sequence[nn.Module], norm: RMSNorm) -> None:
+    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], norm: RMSNorm) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
@@ -38,9 +55,7 @@ class Stack(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """`make_layer(config, index)` gives modules with forward(hidden, delta, rotation, attention) -> delta.
-
-    A layer first adds the `delta` of the one before it, None for the first, to `hidden` in place.
+    """A decoder of the layers that `make_layer(config, index)` gives.
 
     Built under `torch.device`, in `dtype`, with its parameters unset until `engine.weights` loads them.
     """
@@ -49,7 +64,7 @@ class CausalLM(nn.Module):
         self,
         config: ModelConfig,
         dtype: torch.dtype,
-        make_layer: Callable[[ModelConfig, int], nn.Module],
+        make_layer: Callable[[ModelConfig, int], DecoderLayer],
         *,
         embedding_scale: float | None = None,
         unit_offset_norm: bool = False,
@@ -63,16 +78,26 @@ class CausalLM(nn.Module):
         self.lm_head = None if tied else Linear(config.hidden_size, {"lm_head": config.vocab_size})
         self.rotary = RotaryEmbedding(config.rope, dtype, torch.get_default_device())
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: StepAttention) -> Tensor:
-        """token_ids and positions [num_tokens] -> hidden states before the final norm [num_tokens, hidden_size]."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: StepAttention, rows: Tensor | None = None
+    ) -> Tensor:
+        """token_ids and positions [num_tokens] -> hidden states before the final norm [num_tokens, hidden_size].
+
+        With `rows` only theirs, at least one: the last layer then spares the others all but their keys and values.
+        """
         rotation = self.rotary.rotation(positions)
         hidden: Tensor = self.model.embed_tokens(token_ids)
         if self.embedding_scale is not None:
             # Rounded to the model's type first, as in training.
             hidden *= torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()
         delta: Tensor | None = None
-        for layer in self.model.layers:
-            delta = layer(hidden, delta, rotation, attention)
+        last = len(self.model.layers) - 1
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            attended = layer.attend(hidden, delta, rotation, attention)
+            if index == last and rows is not None:
+                hidden, attended = hidden[rows], attended[rows]
+            delta = layer.feed_forward(hidden, attended)
         assert delta is not None, "a model without layers"
         return hidden.add_(delta)
 

@@ -1,7 +1,7 @@
 """Gemma 2 (arXiv:2408.00118): norms before and after each block, scaled embeddings, capped logits."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.attention.base import StepAttention
 from engine.layers.attention import SelfAttention
@@ -9,10 +9,10 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotation
 from engine.model_config import ModelConfig
-from engine.models.decoder import CausalLM
+from engine.models.decoder import CausalLM, DecoderLayer
 
 
-class Gemma2Layer(nn.Module):
+class Gemma2Layer(DecoderLayer):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
 
@@ -26,9 +26,12 @@ class Gemma2Layer(nn.Module):
         self.mlp = GatedMLP(config)
         self.post_feedforward_layernorm = make_norm()
 
-    def forward(self, hidden: Tensor, delta: Tensor | None, rotation: Rotation, attention: StepAttention) -> Tensor:
-        attended = self.self_attn(self.input_layernorm.add(hidden, delta), rotation, attention)
-        fed = self.mlp(self.pre_feedforward_layernorm.add(hidden, self.post_attention_layernorm(attended)))
+    def attend(self, hidden: Tensor, delta: Tensor | None, rotation: Rotation, attention: StepAttention) -> Tensor:
+        return self.self_attn.attend(self.input_layernorm.add(hidden, delta), rotation, attention)
+
+    def feed_forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        attended = self.post_attention_layernorm(self.self_attn.o_proj(attended))
+        fed = self.mlp(self.pre_feedforward_layernorm.add(hidden, attended))
         out: Tensor = self.post_feedforward_layernorm(fed)
         return out
 

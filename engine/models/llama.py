@@ -4,7 +4,7 @@ Mistral slides a window, Qwen2 has biases on q, k and v, Phi-3 stores its projec
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.attention.base import StepAttention
 from engine.layers.attention import SelfAttention
@@ -12,10 +12,10 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotation
 from engine.model_config import ModelConfig
-from engine.models.decoder import CausalLM
+from engine.models.decoder import CausalLM, DecoderLayer
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer(DecoderLayer):
     """Pre-norm attention and feed-forward, each added to the residual stream.
 
     What a block has to add is handed on as `delta`, so that adding it and the next norm are one operation.
@@ -28,8 +28,11 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, hidden: Tensor, delta: Tensor | None, rotation: Rotation, attention: StepAttention) -> Tensor:
-        attended = self.self_attn(self.input_layernorm.add(hidden, delta), rotation, attention)
+    def attend(self, hidden: Tensor, delta: Tensor | None, rotation: Rotation, attention: StepAttention) -> Tensor:
+        return self.self_attn.attend(self.input_layernorm.add(hidden, delta), rotation, attention)
+
+    def feed_forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        attended = self.self_attn.o_proj(attended)
         out: Tensor = self.mlp(self.post_attention_layernorm.add(hidden, attended))
         return out
 
