@@ -68,9 +68,11 @@ def _compressed_tensors(fields: ConfigFields) -> Quantization:
     groups = fields.values.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         raise fields.refuse("config_groups", "an object of one group")
-    for name in ("sparsity_config", "transform_config"):
-        if fields.values.get(name):
-            raise fields.refuse(name, "empty")
+    sparsity = fields.values.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":  # which means none
+        raise fields.refuse("sparsity_config", "empty")
+    if fields.values.get("transform_config"):
+        raise fields.refuse("transform_config", "empty")
     [group_name] = groups
     group = _object(ConfigFields(f"{fields.source}.config_groups", groups), group_name)
     (fields if fields.has("format") else group).choice("format", ("float-quantized",), "none")

@@ -4,7 +4,8 @@ Nothing is ever unpickled, and a shard index may only name plain files beside it
 """
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def read_entries(path: Path) -> list[TensorEntry]:
     entries = [entry for file in shard_files(path) for entry in _read_header(file)]
     if not entries:
         raise ValueError(f"{path} holds no tensors")
+    files: dict[str, Path] = {}
+    for entry in entries:
+        if (other := files.setdefault(entry.name, entry.file)) != entry.file:
+            raise ValueError(f"tensor {entry.name} is in both {other.name} and {entry.file.name}")
     return entries
 
 
@@ -75,9 +80,13 @@ def _entry(file: Path, name: str, fields: dict[str, Any], data_start: int) -> Te
     return TensorEntry(file, name, str(fields["dtype"]), shape, data_start + begin, end - begin)
 
 
-def open_tensors(file: Path) -> Any:
-    """A context in which `get_tensor(name)` reads one tensor. Raises ValueError."""
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """`get_tensor(name)` reads one tensor. A ValueError raised meanwhile is given the file's name."""
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file.name} is not a valid safetensors file: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None

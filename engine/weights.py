@@ -27,6 +27,7 @@ from engine.safetensors_files import TensorEntry, open_tensors, read_entries
 
 SAMPLES_PER_TENSOR = 16
 SAMPLE_BYTES = 4096
+COMPARED_BYTES = 1 << 20
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE_NUMBER: tuple[list[int], ...] = ([], [1])  # the shapes of a tensor that holds one
 MAX_NAMES = 8  # in an error message
@@ -126,9 +127,10 @@ def _fill_randomly(tensor: Tensor, stream: str) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-def dummy_model_hash(config: ModelConfig, seed: int = 0) -> str:
-    """What `model_hash` is to a checkpoint, for `dummy_weights`."""
-    return xxh3_128(json.dumps(["dummy", seed, asdict(config)], sort_keys=True, default=sorted).encode()).hexdigest()
+def dummy_model_hash(config: ModelConfig, device: torch.device, seed: int = 0) -> str:
+    """What `model_hash` is to a checkpoint, for `dummy_weights` made on this kind of device."""
+    made_of = ["dummy", device.type, seed, asdict(config)]
+    return xxh3_128(json.dumps(made_of, sort_keys=True, default=sorted).encode()).hexdigest()
 
 
 def model_hash(path: Path, quantization: Quantization | None = None) -> str:
@@ -151,6 +153,27 @@ def model_hash(path: Path, quantization: Quantization | None = None) -> str:
     if quantization is not None and not quantization.is_stored:
         digest.update(b"quantized at load")
     return digest.hexdigest()
+
+
+def has_own_head(path: Path) -> bool:
+    """Whether the checkpoint holds a head that is not its embedding. Then the head counts, also where config.json says
+    that they are tied, as some trainings leave it; `transformers` decides the same."""
+    entries = {entry.name: entry for entry in read_entries(path)}
+    if "lm_head.weight" not in entries or "model.embed_tokens.weight" not in entries:
+        return False
+    head, embedding = entries["lm_head.weight"], entries["model.embed_tokens.weight"]
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return True
+    with head.file.open("rb") as one, embedding.file.open("rb") as other:
+        one.seek(head.offset)
+        other.seek(embedding.offset)
+        left = head.size
+        while left:
+            size = min(left, COMPARED_BYTES)
+            if one.read(size) != other.read(size):
+                return True
+            left -= size
+    return False
 
 
 def num_parameters(path: Path) -> int:

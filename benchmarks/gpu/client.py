@@ -6,6 +6,7 @@ Used by the benchmarks that run a whole cluster. A token's time is when its even
 import asyncio
 import json
 import random
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,9 @@ class _Reply(asyncio.Protocol):
 
 
 def completion(prompt: Sequence[int], num_output: int) -> bytes:
-    """The body of a greedy streamed completion of exactly `num_output` tokens."""
+    """The body of a greedy streamed completion of exactly `num_output` tokens, none of whose KV is cached."""
     fields = {"prompt": list(prompt), "max_tokens": num_output, "temperature": 0, "ignore_eos": True, "stream": True}
+    fields["cache_salt"] = secrets.token_hex(8)
     return json.dumps(fields, separators=(",", ":")).encode()
 
 

@@ -2,8 +2,9 @@
 lengths, to prefill and decode on workers of their own and to one worker that does both, on the same card.
 
 Lengths are uniform (512 to 4096 tokens in, 64 to 512 out). A request is good when its first token came within
-1 s and the 99th percentile of the gaps between its tokens is below 50 ms. The server's processes are started here,
-or --url names a running one; this process is the client.
+1 s and the 99th percentile of the gaps between its tokens is below 50 ms; one that failed is not, and its first token
+came never. How long a colocated worker lets others wait for a prompt is set by its chunk, so several are tried. The
+server's processes are started here, or --url names a running one; this process is the client.
 
     python -m benchmarks.gpu.mixed_load --rates 4 8 12 16
 """
@@ -28,6 +29,7 @@ from cluster.spec import ClusterSpec
 from cluster.spec_file import parse_spec
 
 MODES = ["disaggregated", "colocated"]
+CHUNKS = {"llama-3-8b": [512, 2048, 8192], "tiny": [64, 512]}
 INPUTS = {"llama-3-8b": (512, 4096), "tiny": (32, 256)}
 OUTPUTS = {"llama-3-8b": (64, 512), "tiny": (8, 32)}
 GOOD_FIRST_TOKEN_S = 1.0
@@ -35,6 +37,7 @@ GOOD_GAP_S = 0.05
 NUM_WARM = 16
 COLUMNS = {
     "mode": "s",
+    "chunk": "d",
     "rate/s": ".1f",
     "requests": "d",
     "failed": "d",
@@ -64,35 +67,39 @@ async def main() -> None:
     options.add_argument("--duration", type=float, default=20.0, help="seconds of arrivals (default: %(default)s)")
     options.add_argument("--input", nargs=2, type=int, metavar=("LEAST", "MOST"), help="prompt tokens")
     options.add_argument("--output", nargs=2, type=int, metavar=("LEAST", "MOST"), help="tokens to generate")
-    options.add_argument("--colocated-chunk", type=int, help="max_batch_tokens of the colocated worker")
+    options.add_argument(
+        "--colocated-chunks", nargs="+", type=int, metavar="TOKENS", help="max_batch_tokens of the colocated worker"
+    )
     options.add_argument("--url", help="a running server of this shape; then no process is started")
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     args.input, args.output = args.input or INPUTS[args.config], args.output or OUTPUTS[args.config]
+    servers: list[tuple[str, int | None]] = [("given", None)] if args.url else []
+    for mode in [] if args.url else args.modes:
+        chunks = args.colocated_chunks or CHUNKS[args.config] if mode == "colocated" else [None]
+        servers += [(mode, chunk) for chunk in chunks]
     rows = []
-    for mode in ["given"] if args.url else args.modes:
-        async with server(args, mode) as url:
-            await asyncio.gather(
-                *(Client(url).complete(arrival.body) for arrival in arrivals(args, NUM_WARM / args.duration))
-            )
+    for mode, chunk in servers:
+        async with server(args, mode, chunk) as url:
+            warm = arrivals(args, NUM_WARM / args.duration)
+            await asyncio.gather(*(Client(url).complete(arrival.body) for arrival in warm))
             for rate in args.rates:
-                rows.append({"mode": mode, "rate/s": rate, **await measure(url, args, rate)})
+                rows.append({"mode": mode, "chunk": chunk, "rate/s": rate, **await measure(url, args, rate)})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)  # a run that is cut short has shown these
     show(args, None, COLUMNS, rows)
 
 
 @asynccontextmanager
-async def server(args: argparse.Namespace, mode: str) -> AsyncIterator[str]:
+async def server(args: argparse.Namespace, mode: str, chunk: int | None) -> AsyncIterator[str]:
     if args.url:
         yield args.url
         return
     with model_directory(args.config) as model, tempfile.TemporaryDirectory() as folder:
-        async with LocalCluster(make_spec(args, mode, model, Path(folder) / "run")) as cluster:
+        async with LocalCluster(make_spec(args, mode, chunk, model, Path(folder) / "run")) as cluster:
             yield cluster.url
 
 
-def make_spec(args: argparse.Namespace, mode: str, model: Path, run_dir: Path) -> ClusterSpec:
-    chunk = args.colocated_chunk if mode == "colocated" else None
+def make_spec(args: argparse.Namespace, mode: str, chunk: int | None, model: Path, run_dir: Path) -> ClusterSpec:
     return parse_spec(
         {
             "model": str(model),
@@ -109,11 +116,11 @@ def make_spec(args: argparse.Namespace, mode: str, model: Path, run_dir: Path) -
 
 
 def arrivals(args: argparse.Namespace, rate: float) -> list[Arrival]:
-    """The same for the same seed, rate and lengths."""
+    """The times of a Poisson process, given how many there are: uniform. The same for the same seed, rate, lengths."""
     rng = random.Random(f"{args.seed} {rate}")
     vocab_size = CONFIGS[args.config]["vocab_size"]
-    made, at = [], 0.0
-    while (at := at + rng.expovariate(rate)) < args.duration:
+    made = []
+    for at in sorted(rng.uniform(0, args.duration) for _ in range(round(rate * args.duration))):
         sizes = rng.randint(*args.input), rng.randint(*args.output)
         made.append(Arrival(at, *sizes, random_completion(rng, vocab_size, *sizes)))
     return made
@@ -130,7 +137,7 @@ async def measure(url: str, args: argparse.Namespace, rate: float) -> dict[str, 
     answers = await asyncio.gather(*map(request, plan))
     elapsed = time.perf_counter() - began
     done = [(arrival, answer) for arrival, answer in zip(plan, answers, strict=True) if not answer.error]
-    first = [answer.first_token_s for _, answer in done]
+    first = [float("inf") if answer.error else answer.first_token_s for answer in answers]
     gaps = [gap for _, answer in done for gap in answer.gaps]
     num_good = sum(answer.meets(GOOD_FIRST_TOKEN_S, GOOD_GAP_S) for answer in answers)
     for error in sorted({answer.error for answer in answers if answer.error})[:3]:

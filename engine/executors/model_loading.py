@@ -1,5 +1,6 @@
 """From a directory to a model with its weights, for the torch executor."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,15 @@ import torch
 from engine.model_config import DTYPES, ModelConfig
 from engine.models.decoder import CausalLM
 from engine.models.registry import MAKERS
-from engine.weights import KvScales, Progress, dummy_model_hash, dummy_weights, load_weights, model_hash
+from engine.weights import (
+    KvScales,
+    Progress,
+    dummy_model_hash,
+    dummy_weights,
+    has_own_head,
+    load_weights,
+    model_hash,
+)
 
 
 class Loaded(NamedTuple):
@@ -24,12 +33,11 @@ def load(
     torch_dtype: torch.dtype = getattr(torch, dtype)
     try:
         if not dummy:
-            model = make_model(config, torch_dtype, device)
-            kv_scales = load_weights(model, path, progress, config.quantization)
+            model, kv_scales = _load(path, config, torch_dtype, device, progress)
             return Loaded(model, model_hash(path, config.quantization), kv_scales)
         model = make_model(config, torch_dtype, device)
         dummy_weights(model, quantization=config.quantization)
-        return Loaded(model, dummy_model_hash(config), None)
+        return Loaded(model, dummy_model_hash(config, device), None)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ValueError(
@@ -41,9 +49,16 @@ def load(
 def load_model(
     path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None
 ) -> CausalLM:
+    return _load(path, config, dtype, device, progress)[0]
+
+
+def _load(
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None
+) -> tuple[CausalLM, KvScales]:
+    if config.tie_word_embeddings and has_own_head(path):
+        config = replace(config, tie_word_embeddings=False)
     model = make_model(config, dtype, device)
-    load_weights(model, path, progress, config.quantization)
-    return model
+    return model, load_weights(model, path, progress, config.quantization)
 
 
 def make_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> CausalLM:

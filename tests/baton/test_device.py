@@ -23,6 +23,11 @@ def test_a_gpu_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyP
         found_pool(parse_spec({"model": "tiny", "device": "cuda"}), "prefill")
 
 
+def test_what_is_no_kind_of_device_is_refused() -> None:
+    with pytest.raises(SpecError, match="device: 'cuda:1' is not allowed; allowed: auto, cpu, cuda"):
+        find_device("cuda:1")  # type: ignore[arg-type]
+
+
 def test_what_auto_turns_out_not_to_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SpecError, match="'cuda_ipc' is not allowed where decode workers compute on device cpu"):

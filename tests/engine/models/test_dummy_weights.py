@@ -68,15 +68,16 @@ def test_dummy_weights_need_a_config_and_nothing_else(path: Path) -> None:
         load_model(path, load_model_config(path), torch.float32, CPU, None)
 
 
-def test_the_hash_of_dummy_weights_is_of_config_and_seed(path: Path) -> None:
+def test_the_hash_of_dummy_weights_is_of_config_device_and_seed(path: Path) -> None:
     config = load_model_config(path)
-    assert dummy_model_hash(config) == dummy_model_hash(load_model_config(path))
-    fp8 = with_quantization(config, "fp8")
-    assert len({dummy_model_hash(config), dummy_model_hash(config, 1), dummy_model_hash(fp8)}) == 3
+    one = dummy_model_hash(config, CPU)
+    assert one == dummy_model_hash(load_model_config(path), CPU)
+    fp8, gpu = with_quantization(config, "fp8"), torch.device("cuda:0")
+    assert len({one, dummy_model_hash(config, CPU, 1), dummy_model_hash(fp8, CPU), dummy_model_hash(config, gpu)}) == 4
     (path / "config.json").write_text(
         json.dumps(json.loads((path / "config.json").read_text()) | {"rms_norm_eps": 1e-4})
     )
-    assert dummy_model_hash(load_model_config(path)) != dummy_model_hash(config)
+    assert dummy_model_hash(load_model_config(path), CPU) != one
 
 
 def test_a_device_without_fp8_products_is_said_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:

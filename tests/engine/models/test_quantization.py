@@ -130,3 +130,7 @@ def test_the_worst_patterns_that_are_accepted_take_no_time() -> None:
     for layer in range(20):
         assert quantization.covers(f"model.layers.{layer}.self_attn.o_proj")
     assert time.perf_counter() - start < 2
+
+
+def test_a_sparsity_of_the_dense_kind_is_none() -> None:
+    assert parse(COMPRESSED | {"sparsity_config": {"format": "dense"}}) == parse(COMPRESSED)

@@ -10,6 +10,7 @@ from engine.model_config import load_model_config
 from engine.models.decoder import CausalLM
 from engine.weights import model_hash
 from tests.checkpoints import make_checkpoint
+from tests.engine.models.runner import Piece, Reference, Runner
 
 
 def load(path: Path) -> CausalLM:
@@ -37,7 +38,10 @@ def llama(tmp_path: Path) -> Path:
             {"model.layers.9.mlp.up_proj.weight": torch.ones(1)},
             r"does not know: model\.layers\.9\.mlp\.up_proj\.weight",
         ),
-        ({"model.norm.weight": torch.ones(63)}, r"model\.norm\.weight has shape \[63\], the model wants \[64\]"),
+        (
+            {"model.norm.weight": torch.ones(63)},
+            r"^model\.safetensors: tensor model\.norm\.weight has shape \[63\], the model wants \[64\]",
+        ),
         ({"lm_head.weight": torch.ones(64, 512)}, r"lm_head\.weight has shape \[64, 512\]"),
         ({"lm_head.weight": torch.ones(512, 64, dtype=torch.int8)}, r"lm_head\.weight has type torch\.int8"),
     ],
@@ -50,11 +54,9 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
         load(llama)
 
 
-def test_what_old_and_tied_checkpoints_carry_beside_the_weights_is_ignored(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, "llama", tie_word_embeddings=True, tokenizer=False)
-    extra = {"lm_head.weight": torch.zeros(512, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    change_tensors(tmp_path, extra)
-    assert load(tmp_path).lm_head is None
+def test_what_old_checkpoints_carry_beside_the_weights_is_ignored(llama: Path) -> None:
+    change_tensors(llama, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    load(llama)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,15 @@ def test_an_index_may_only_name_safetensors_files_beside_it(llama: Path, name: s
 def test_a_file_that_is_not_safetensors_is_refused(llama: Path, content: bytes) -> None:
     (llama / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"safetensors|holds no tensors"):
+        load(llama)
+
+
+def test_a_tensor_in_two_shards_is_refused(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "one.safetensors")
+    save_file({"model.norm.weight": torch.ones(64)}, llama / "two.safetensors")
+    index = {"weight_map": {"lm_head.weight": "one.safetensors", "model.norm.weight": "two.safetensors"}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is in both one\.safetensors and two\.safetensors"):
         load(llama)
 
 
