@@ -5,7 +5,7 @@ whole blocks costs a tenth more (measured) and never reads a slot that the seque
 stale bytes of a reused block cannot turn a masked score into NaN.
 
 Rows of decoding sequences are batched: gathered together, the shorter padded with their own first
-position and masked. A longer span of one sequence is a batch of its own.
+position and masked. A longer span of one sequence is a batch of its own, or several.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,9 @@ from engine.attention.base import AttentionLayer, Span
 from engine.layers.rotary import Rotation
 
 MAX_PADDING = 1024  # positions gathered in vain before decode rows of other lengths get a batch of their own
+# What bounds the memory of a step: longer spans and larger batches are attended to in parts.
+MAX_SCORES = 1 << 26  # tokens x positions of a group of one span, for its mask and, where they are made, its scores
+MAX_GATHERED = 1 << 16  # positions of a group of decode rows, unless one alone has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,13 @@ class PagedAttention:
         return torch.index_select(self.layer_rows(layer), 0, slots, out=out)
 
 
+def parts(span: Span) -> list[Span]:
+    """The span in pieces whose tokens x positions are at most `MAX_SCORES`, if there are several tokens."""
+    size = max(1, MAX_SCORES // (span.start + span.num_tokens))
+    end = span.start + span.num_tokens
+    return [Span(start, min(size, end - start), span.block_ids) for start in range(span.start, end, size)]
+
+
 class PagedStep:
     """One step's index tensors; groups are made once for each distinct window."""
 
@@ -81,8 +91,8 @@ class PagedStep:
         self, backend: PagedAttention, spans: Sequence[Span], on_layer_written: Callable[[int], None] | None
     ) -> None:
         self.backend = backend
-        self.spans = spans
-        self.first_rows = np.cumsum([0] + [span.num_tokens for span in spans])
+        self.spans = [part for span in spans for part in parts(span)]
+        self.first_rows = np.cumsum([0] + [span.num_tokens for span in self.spans])
         self.num_tokens = int(self.first_rows[-1])
         self.on_layer_written = on_layer_written
         self.write_rows = self._write_rows()
@@ -153,10 +163,12 @@ class PagedStep:
             if self.spans[i].num_tokens > 1:
                 continue
             if batch:
-                padding += self._num_visible(batch[0], window) - self._num_visible(i, window)
-            if padding > MAX_PADDING and 2 * self._num_visible(i, window) < self._num_visible(batch[0], window):
-                groups.append(self._group(sorted(batch), window))
-                batch, padding = [], 0
+                longest, own = self._num_visible(batch[0], window), self._num_visible(i, window)
+                padding += longest - own
+                is_full = (len(batch) + 1) * longest > MAX_GATHERED
+                if is_full or (padding > MAX_PADDING and 2 * own < longest):
+                    groups.append(self._group(sorted(batch), window))
+                    batch, padding = [], 0
             batch.append(i)
         if batch:
             groups.append(self._group(sorted(batch), window))

@@ -33,6 +33,9 @@ def attend_one_token(
 @pytest.mark.parametrize("seed", range(12))
 def test_random_batches_agree_with_attention_token_by_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged, "MAX_PADDING", 8)  # decode rows fall into several batches
+    if seed % 2:  # and long spans into parts
+        monkeypatch.setattr(paged, "MAX_SCORES", 40)
+        monkeypatch.setattr(paged, "MAX_GATHERED", 24)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     kv = torch.full((NUM_BLOCKS, NUM_LAYERS, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM), torch.nan)
     backend = PagedAttention(kv)
@@ -75,6 +78,18 @@ def test_random_batches_agree_with_attention_token_by_token(seed: int, monkeypat
                     torch.testing.assert_close(out[row].double(), expected, atol=1e-5, rtol=1e-4)
                     row += 1
         assert written == [0, 1]
+
+
+def test_no_group_has_more_scores_or_gathers_more_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "MAX_SCORES", 100)
+    monkeypatch.setattr(paged, "MAX_GATHERED", 30)
+    backend = PagedAttention(torch.zeros(NUM_BLOCKS, NUM_LAYERS, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM))
+    spans = [Span(20, 17, range(20)), *(Span(start, 1, range(20)) for start in (3, 9, 14, 9, 2, 40))]
+    step = backend.begin_step(spans, None)
+    groups = step._make_groups(None)
+    assert max(group.num_tokens * group.num_positions for group in groups if group.num_tokens > 1) <= 100
+    assert max(group.num_spans * group.num_positions for group in groups if group.num_spans > 1) <= 30
+    assert sum(group.num_spans * group.num_tokens for group in groups) == 23
 
 
 def test_a_block_id_outside_the_pool_is_a_bug_that_is_caught() -> None:
