@@ -19,7 +19,7 @@ from baton.transports import server_transports, sink_transports
 from cluster.addresses import reachable_host
 from cluster.checkpoint import model_config, resolve_model, spec_errors
 from cluster.credentials import read_api_key, read_token
-from cluster.devices import GPU_MEMORY_FRACTION, HOST_KV_BYTES, FoundDevice
+from cluster.devices import GPU_MEMORY_FRACTION, HOST_KV_BYTES, FoundDevice, visible_gpus
 from cluster.registry.base import WorkerRecord
 from cluster.registry.open import open_registry
 from cluster.spec import ClusterSpec, PoolSettings, Role, check_device, threads_per_worker, worker_id
@@ -51,6 +51,8 @@ def found_pool(spec: ClusterSpec, role: Role) -> PoolSettings:
     auto: FoundDevice = "cpu"
     if "cuda" in (devices := spec.possible_devices(role)):
         auto = find_device("auto" if "cpu" in devices else "cuda")
+        if auto == "cpu" and (gpus := visible_gpus(os.environ)):
+            log.warning("%s computes on the CPU: PyTorch sees none of the GPUs %s", role, ", ".join(gpus))
     pool = spec.pool(role, auto)
     if problems := list(check_device(spec, pool)):
         raise SpecError(problems)

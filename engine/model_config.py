@@ -239,7 +239,7 @@ def _rope(fields: ConfigFields, head_dim: int, max_positions: int) -> RopeConfig
     rope = ConfigFields("config.json, rope parameters", outer | given)
     kind_field = "rope_type" if rope.has("rope_type") or not rope.has("type") else "type"
     kind = rope.choice(kind_field, ROPE_KINDS, "default")
-    theta = rope.number("rope_theta", 1.0, 1e15, default=10000.0)
+    theta = rope.number("rope_theta", 1.01, 1e15, default=10000.0)
     rotary_dim = int(head_dim * rope.number("partial_rotary_factor", 0.0, 1.0, default=1.0))
     if rotary_dim < 2 or rotary_dim % 2:
         raise rope.refuse("partial_rotary_factor", f"such that an even part of head_dim {head_dim} rotates")

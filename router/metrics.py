@@ -87,7 +87,7 @@ class Metrics:
         self.decode = Histogram("request_decode_time_seconds", "Time in decode.", _LONG_SECONDS, vllm=True)
         self.prompt_length = Histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS, vllm=True)
         self.output_length = Histogram("request_generation_tokens", "Output tokens of a choice.", _TOKENS, vllm=True)
-        self.transfer_bytes = Histogram("kv_transfer_bytes", "KV bytes moved for a request.", _BYTES)
+        self.transfer_bytes = Histogram("kv_transfer_bytes", "KV bytes moved for a choice that ran to its end.", _BYTES)
         self.transfer_time = Histogram("kv_transfer_seconds", "Time KV of a request was in transfer.", _SECONDS)
         self.exposed_time = Histogram(
             "kv_transfer_exposed_seconds", "Transfer time that prefill did not hide.", _SECONDS
@@ -140,7 +140,9 @@ class Metrics:
 
     def _by_transport(self) -> Iterator[Metric]:
         labels = ["model_name", "transport"]
-        moved = CounterMetricFamily("baton_kv_transferred_bytes", "KV bytes moved.", labels=labels)
+        moved = CounterMetricFamily(
+            "baton_kv_transferred_bytes", "KV bytes moved for choices that ran to their end.", labels=labels
+        )
         shape = Transfers().bandwidth
         bandwidth = HistogramMetricFamily("baton_" + shape.name, shape.help, labels=labels)
         for transport, transfers in self.transfers.items():

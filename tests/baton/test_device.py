@@ -28,6 +28,20 @@ def test_what_is_no_kind_of_device_is_refused() -> None:
         find_device("cuda:1")  # type: ignore[arg-type]
 
 
+def test_gpus_that_torch_does_not_see_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    found_pool(parse_spec({"model": "tiny"}), "decode")
+    assert "decode computes on the CPU: PyTorch sees none of the GPUs 0, 3" in caplog.text
+    caplog.clear()
+    found_pool(parse_spec({"model": "tiny", "device": "cpu"}), "decode")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found_pool(parse_spec({"model": "tiny"}), "decode")
+    assert not caplog.text
+
+
 def test_what_auto_turns_out_not_to_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SpecError, match="'cuda_ipc' is not allowed where decode workers compute on device cpu"):
