@@ -10,6 +10,8 @@ position and masked. A longer span of one sequence is a batch of its own, or sev
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -84,6 +86,10 @@ def parts(span: Span) -> list[Span]:
     return [Span(start, min(size, end - start), span.block_ids) for start in range(span.start, end, size)]
 
 
+def ready(group: Group) -> Callable[[], Group]:
+    return lambda: group
+
+
 class PagedStep:
     """One step's index tensors; groups are made once for each distinct window."""
 
@@ -91,12 +97,14 @@ class PagedStep:
         self, backend: PagedAttention, spans: Sequence[Span], on_layer_written: Callable[[int], None] | None
     ) -> None:
         self.backend = backend
-        self.spans = [part for span in spans for part in parts(span)]
+        cut = [parts(span) for span in spans]
+        self.spans = list(chain.from_iterable(cut))
+        self.is_part = [len(parts_of_span) > 1 for parts_of_span in cut for _ in parts_of_span]
         self.first_rows = np.cumsum([0] + [span.num_tokens for span in self.spans])
         self.num_tokens = int(self.first_rows[-1])
         self.on_layer_written = on_layer_written
         self.write_rows = self._write_rows()
-        self.groups: dict[int | None, list[Group]] = {}
+        self.groups: dict[int | None, list[Callable[[], Group]]] = {}
 
     def rotate_and_store(self, layer: AttentionLayer, heads: Tensor, rotation: Rotation) -> None:
         num_kv_heads = self.backend.num_kv_heads
@@ -110,10 +118,11 @@ class PagedStep:
         if layer.window not in self.groups:
             self.groups[layer.window] = self._make_groups(layer.window)
         groups = self.groups[layer.window]
-        if len(groups) == 1 and isinstance(groups[0].rows, slice):
-            return self._attend(groups[0], layer, queries)
+        if len(groups) == 1 and isinstance((group := groups[0]()).rows, slice):
+            return self._attend(group, layer, queries)
         out = queries.new_empty(self.num_tokens, queries.shape[1] * queries.shape[2])
-        for group in groups:
+        for make_group in groups:
+            group = make_group()
             out[group.rows] = self._attend(group, layer, queries[group.rows])
         return out
 
@@ -154,9 +163,14 @@ class PagedStep:
         assert block_ids.max() < self.backend.num_blocks, span
         return block_ids
 
-    def _make_groups(self, window: int | None) -> list[Group]:
+    def _make_groups(self, window: int | None) -> list[Callable[[], Group]]:
+        """Parts of a cut span are made anew for every layer: all their masks at once are what cutting avoids."""
         longest_first = sorted(range(len(self.spans)), key=lambda i: self._num_visible(i, window), reverse=True)
-        groups = [self._group([i], window) for i in longest_first if self.spans[i].num_tokens > 1]
+        groups: list[Callable[[], Group]] = []
+        for i in longest_first:
+            if self.spans[i].num_tokens > 1:
+                make_group = partial(self._group, [i], window)
+                groups.append(make_group if self.is_part[i] else ready(make_group()))
         batch: list[int] = []
         padding = 0
         for i in longest_first:
@@ -167,11 +181,11 @@ class PagedStep:
                 padding += longest - own
                 is_full = (len(batch) + 1) * longest > MAX_GATHERED
                 if is_full or (padding > MAX_PADDING and 2 * own < longest):
-                    groups.append(self._group(sorted(batch), window))
+                    groups.append(ready(self._group(sorted(batch), window)))
                     batch, padding = [], 0
             batch.append(i)
         if batch:
-            groups.append(self._group(sorted(batch), window))
+            groups.append(ready(self._group(sorted(batch), window)))
         return groups
 
     def _num_visible(self, i: int, window: int | None) -> int:

@@ -86,7 +86,7 @@ def test_no_group_has_more_scores_or_gathers_more_than_allowed(monkeypatch: pyte
     backend = PagedAttention(torch.zeros(NUM_BLOCKS, NUM_LAYERS, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM))
     spans = [Span(20, 17, range(20)), *(Span(start, 1, range(20)) for start in (3, 9, 14, 9, 2, 40))]
     step = backend.begin_step(spans, None)
-    groups = step._make_groups(None)
+    groups = [make_group() for make_group in step._make_groups(None)]
     assert max(group.num_tokens * group.num_positions for group in groups if group.num_tokens > 1) <= 100
     assert max(group.num_spans * group.num_positions for group in groups if group.num_spans > 1) <= 30
     assert sum(group.num_spans * group.num_tokens for group in groups) == 23

@@ -59,6 +59,17 @@ def test_what_old_checkpoints_carry_beside_the_weights_is_ignored(llama: Path) -
     load(llama)
 
 
+def test_a_head_unlike_the_embedding_is_used_though_the_config_ties_them(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama", tie_word_embeddings=True, tokenizer=False)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(tmp_path, {"lm_head.weight": embedding.clone()})
+    assert load(tmp_path).lm_head is None
+    change_tensors(tmp_path, {"lm_head.weight": embedding.flip(0).contiguous()})
+    tokens = list(range(20, 40))
+    [ours] = Runner(tmp_path).step(Piece(tokens, 0, [3, 9, 1, 2, 5]))
+    assert (ours - Reference(tmp_path).logits(tokens)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "model.bin", "gone.safetensors"]
 )
