@@ -1,6 +1,6 @@
 """Decode speed at long contexts: how much of the card's copy bandwidth a step's reads of weights and KV reach.
 
-The KV of the context is left as it lies in the pool: sequences are resumed as after a handoff, so nothing is prefilled.
+The KV of the context is random: sequences are resumed as after a handoff, so nothing is prefilled.
 Where a batch does not fit into the pool, the largest one that does is measured (--kv-cache-dtype fp8 halves the KV).
 
     python -m benchmarks.gpu.long_context
@@ -10,6 +10,8 @@ import argparse
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.harness import (
     CONFIGS,
@@ -24,7 +26,9 @@ from benchmarks.gpu.harness import (
     show,
 )
 from engine.engine import Engine
+from engine.kv.device_memory import DeviceMemory
 
+FILLED_AT_ONCE = 512  # blocks
 CONTEXTS = {"llama-3-8b": [32768, 131072], "tiny": [512, 2048]}
 COLUMNS = {
     "context": ",d",
@@ -48,12 +52,23 @@ def main() -> None:
     # A small step keeps the peak forward small, so that the pool gets what is left of the card.
     floors = measure_floors(args)
     with engine_for(args, max_batch_tokens=2048, max_num_seqs=max(args.batch), memory_fraction=0.95) as engine:
+        fill(engine)
         rows = [
             measure(engine, shape, floors, args, context, batch)
             for context in args.context or CONTEXTS[args.config]
             for batch in args.batch
         ]
     show(args, floors, COLUMNS, rows)
+
+
+def fill(engine: Engine) -> None:
+    """The pool of a GPU with random numbers: zeros take less power to read."""
+    memory = engine.executor.memory
+    if isinstance(memory, DeviceMemory):
+        kv = memory.kv(getattr(torch, memory.layout.dtype))
+        for start in range(0, memory.num_blocks, FILLED_AT_ONCE):
+            blocks = kv[start : min(start + FILLED_AT_ONCE, memory.num_blocks)]
+            blocks.copy_(torch.randn(blocks.shape, dtype=torch.bfloat16, device=memory.device))
 
 
 def measure(
