@@ -4,6 +4,7 @@ Used by `baton.llm`. Tokens become text on the engine's thread, so that a stop s
 token is computed. A job's sequences are in the engine from `_begin` until each has finished or `_cancel` was called.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from secrets import randbits
 from threading import Thread
+from traceback import clear_frames
 from typing import Literal
 
 from rich.console import Console
@@ -103,6 +105,7 @@ class LocalBackend:
         self._draw_bits = draw_bits
         self._names = count()
         self._inbox: Inbox[Callable[[], None]] = Inbox()
+        self._commands: deque[Callable[[], None]] = deque()  # taken from the inbox
         self._active: dict[RequestId, _Choice] = {}
         self._failure: Exception | None = None
         self._closing = False
@@ -116,11 +119,10 @@ class LocalBackend:
         return self._start(job, lambda end: on_event(end if isinstance(end, Exception) else None), on_event)
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            self._inbox.post(self._close)
-            self._thread.join(CLOSE_WAIT_S)
-            for command in self._inbox.take(0.0):  # of threads that did not know yet
-                command()
+        self._inbox.post(self._close)
+        self._thread.join(CLOSE_WAIT_S)
+        if not self._thread.is_alive():  # else what its step uses must not be closed
+            self._obey(0.0)
             self._executor.close()
 
     def _start(self, job: Job, on_end: OnEnd, on_increment: Callable[[Increment], None]) -> Callable[[], None]:
@@ -144,6 +146,9 @@ class LocalBackend:
             request = Request(request_id, prompt, len(prompt), job.params, choice_seed(seed, index))
             generation.choices.append(_Choice(generation, index, request, self._tokenizer))
         self._inbox.post(partial(self._begin, generation))
+        if not self._thread.is_alive():  # closed meanwhile, and nobody else takes the command
+            for command in self._inbox.take(0.0):
+                command()
         return partial(self._inbox.post, partial(self._cancel, generation))
 
     def _token_ids(self, job: Job) -> tuple[int, ...]:
@@ -170,8 +175,7 @@ class LocalBackend:
         wait = IDLE_WAIT_S
         try:
             while not self._closing:
-                for command in self._inbox.take(wait):
-                    command()
+                self._obey(wait)
                 scheduled = self._engine.schedule()
                 if scheduled is not None:
                     self._engine.start(scheduled)
@@ -185,6 +189,12 @@ class LocalBackend:
             self._fail(RuntimeError("the LLM was closed"))
         except Exception as error:  # the thread's one guard: whoever waits for a token must hear of it
             self._fail(error)
+
+    def _obey(self, wait: float) -> None:
+        """Run the commands posted so far; those behind one that raises come first the next time."""
+        self._commands += self._inbox.take(0.0 if self._commands else wait)
+        while self._commands:
+            self._commands.popleft()()
 
     def _begin(self, generation: "_Generation") -> None:
         if self._failure is not None:
@@ -230,12 +240,12 @@ class LocalBackend:
     def _fail(self, error: Exception) -> None:
         """Tell everyone who waits, and everyone who comes."""
         self._failure = error
+        clear_frames(error.__traceback__)  # what failed in the executor holds tensors there, and the model
         for generation in {id(choice.generation): choice.generation for choice in self._active.values()}.values():
             generation.on_end(error)
         self._active.clear()
         while not self._closing:
-            for command in self._inbox.take(IDLE_WAIT_S):
-                command()
+            self._obey(IDLE_WAIT_S)
 
 
 class _Generation:

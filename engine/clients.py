@@ -69,9 +69,9 @@ class Clients:
 
     def admit(self, session: SessionId, message: pb.Submit) -> Client | None:
         """Know a new request. None when its session has ended or its handle is taken (a router bug, refused)."""
-        request_id = RequestId(f"{message.request_id}/{session}.{message.handle}")
-        if session not in self._drafts or request_id in self._clients:
+        if session not in self._drafts or (session, message.handle) in self._by_handle:
             return None
+        request_id = RequestId(f"{message.request_id}/{session}.{message.handle}")
         now = self._clock()
         request = request_from_pb(message, request_id)
         client = Client(request, session, message.handle, submitted=now, deadline=now + message.timeout_ms / 1000)

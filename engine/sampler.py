@@ -8,10 +8,13 @@ with the last one kept, so its result does not depend on how a device sorts.
 
 The draw is the inverse of the cumulative distribution in vocabulary order at a number hashed from seed and position.
 Weights are whole numbers there: their sum is exact in any order, hence the same on every device and in every batch.
+
+Memory: beside the logits, two float32 copies of the rows that are drawn on a GPU, and a few times `PART_BYTES`: what
+else makes numbers for whole rows (penalties, log probabilities, the draw on a CPU) takes only so many rows at a time.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -27,7 +30,7 @@ from engine.tensors import to_device, to_host
 WEIGHT_BITS = 44  # of the most likely token; 2**18 of them still fit into 63 bits
 NUCLEUS_SIZE = 1024  # most likely tokens to look among before a whole row is sorted
 MIN_TEMPERATURE = 1e-30  # what is smaller may be zero in float32
-LOGPROB_ROWS = 32  # prompt positions at a time: bounds the memory for a large vocabulary
+PART_BYTES = 64 << 20  # of the rows that are worked on at a time, where memory has to be bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,35 +71,38 @@ class Choice:
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> Choice:
     """Choose the token at the position of every row of `logits` [rows, vocab], which is left as it is."""
-    shaped = _penalize(logits, specs)
-    random_rows = [row for row, spec in enumerate(specs) if not spec.params.greedy]
-    if len(random_rows) == len(specs):
-        token_ids = _draw(shaped.float(), specs, positions)
+    if logits.is_cuda and not any(map(_changes_logits, specs)):
+        token_ids = _choose(logits, specs, positions)  # the kernels keep the GPU busy with many rows only
     else:
-        token_ids = _argmax(shaped)
-        if random_rows:
-            rows = to_device(random_rows, logits.device)
-            some, where = [specs[row] for row in random_rows], [positions[row] for row in random_rows]
-            token_ids[rows] = _draw(shaped[rows].float(), some, where)
+        vocab = logits.shape[-1]
+        parts = _parts([_row_bytes(vocab, len(spec.token_ids) * spec.params.has_penalties) for spec in specs])
+        token_ids = torch.cat(
+            [_choose(_penalize(logits[part], specs[part]), specs[part], positions[part]) for part in parts]
+        )
     asking = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
     logprobs = None
     if asking:
         rows = to_device(asking, logits.device)
-        logprobs = _logprobs(logits[rows], token_ids[rows], [specs[row].params.logprobs or 0 for row in asking])
+        num_top = [specs[row].params.logprobs or 0 for row in asking]
+        logprobs = _logprobs(logits, rows, token_ids[rows], num_top)
     return Choice(token_ids, to_host(token_ids), asking, logprobs)
 
 
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """What the model thought of each of `next_token_ids`; row i of `logits` [n, vocab] is the position before it."""
-    found: list[TokenLogprobs] = []
-    for start in range(0, len(next_token_ids), LOGPROB_ROWS):
-        token_ids = next_token_ids[start : start + LOGPROB_ROWS]
-        part = logits[start : start + len(token_ids)]
-        logprobs = _logprobs(part, to_device(token_ids, logits.device), [num_top] * len(token_ids))
-        if logits.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        found += logprobs.read(token_ids)
-    return found
+    if not next_token_ids:
+        return []
+    device = logits.device
+    rows = torch.arange(len(next_token_ids), device=device)
+    found = _logprobs(logits, rows, to_device(next_token_ids, device), [num_top] * len(next_token_ids))
+    if logits.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    return found.read(next_token_ids)
+
+
+def part_rows(vocab: int, num_seen: int = 0) -> int:
+    """How many rows are worked on at a time where memory has to be bounded; penalties look at `num_seen` tokens."""
+    return max(1, PART_BYTES // _row_bytes(vocab, num_seen))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -105,20 +111,57 @@ def uniform(seed: int, position: int) -> float:
     return (digest >> 11) * 2.0**-53
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> Logprobs:
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    top_ids = _most_likely(logprobs, min(max(num_top), logits.shape[-1]))
-    return Logprobs(to_host(chosen), to_host(top_ids), to_host(logprobs.gather(1, top_ids)), num_top)
+def _row_bytes(vocab: int, num_seen: int = 0) -> int:
+    """A row in float32, and where the tokens seen are in it."""
+    return 4 * vocab + 16 * num_seen
+
+
+def _parts(row_bytes: Sequence[int]) -> Iterator[slice]:
+    """All rows in order, in runs of at most `PART_BYTES` or of one row."""
+    start = in_part = 0
+    for row, num_bytes in enumerate(row_bytes):
+        if row > start and in_part + num_bytes > PART_BYTES:
+            yield slice(start, row)
+            start, in_part = row, 0
+        in_part += num_bytes
+    yield slice(start, len(row_bytes))
+
+
+def _choose(shaped: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int]) -> Tensor:
+    """The token of every row of `shaped`, logits after bans, biases and penalties: int64 [rows]."""
+    random_rows = [row for row, spec in enumerate(specs) if not spec.params.greedy]
+    if len(random_rows) == len(specs):
+        return _draw(shaped.float(), specs, positions)
+    token_ids = _argmax(shaped)
+    if random_rows:
+        rows = to_device(random_rows, shaped.device)
+        some, where = [specs[row] for row in random_rows], [positions[row] for row in random_rows]
+        token_ids[rows] = _draw(shaped[rows].float(), some, where)
+    return token_ids
+
+
+def _logprobs(logits: Tensor, rows: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> Logprobs:
+    """Of `token_ids` [n] in `rows` [n] of `logits`, n at least 1."""
+    vocab = logits.shape[-1]
+    chosen, top_ids, top = [], [], []
+    for part in _parts([_row_bytes(vocab)] * len(token_ids)):
+        logprobs = logits[rows[part]].float().log_softmax(-1)
+        most_likely = _most_likely(logprobs, min(max(num_top), vocab))
+        chosen.append(logprobs.gather(1, token_ids[part].unsqueeze(1)).squeeze(1))
+        top_ids.append(most_likely)
+        top.append(logprobs.gather(1, most_likely))
+    return Logprobs(to_host(torch.cat(chosen)), to_host(torch.cat(top_ids)), to_host(torch.cat(top)), num_top)
 
 
 def _most_likely(values: Tensor, num: int) -> Tensor:
     """Column indices [rows, num] of the largest float32 `values`, largest first, equal ones by index."""
+    if num == 0:
+        return torch.empty((len(values), 0), dtype=torch.int64, device=values.device)
     bits = values.contiguous().view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers these compare as the floats do
-    columns = torch.arange(values.shape[-1], device=values.device)
+    # As integers these compare as the floats do.
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).long()
     # Unique keys: without them top-k may pick any of equal values, depending on `num`.
-    keys = (ordered.long() << 32) - columns
+    keys.bitwise_left_shift_(32).sub_(torch.arange(values.shape[-1], device=values.device))
     return keys.topk(num, -1).indices
 
 
@@ -134,7 +177,7 @@ def _penalize(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """Bans, biases and penalties applied: a new float32 tensor, or `logits` itself where no row asks for any."""
     if not any(_changes_logits(spec) for spec in specs):
         return logits
-    logits = logits.float().clone()
+    logits = logits.to(torch.float32, copy=True)
     _ban(logits, specs)
     _bias(logits, specs)
     _repetition(logits, specs)
@@ -190,7 +233,7 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec], positions: Sequence[int])
     device, vocab = logits.device, logits.shape[-1]
     temperatures = _per_row(specs, lambda params: max(params.temperature, MIN_TEMPERATURE), device)
     largest = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = ((logits - largest) / temperatures).exp_()  # the most likely token's is 1
+    weights = (logits - largest).div_(temperatures).exp_()  # the most likely token's is 1
     numbers = np.array([uniform(spec.seed, at) for spec, at in zip(specs, positions, strict=True)])
     if device.type == "cuda":
         return _draw_on_gpu(weights, specs, to_device(numbers, device))

@@ -3,8 +3,9 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from engine.executors.base import Batch, Chunk, FinishedStep, PendingStep, Sampled, StepResult
+from engine.executors.base import Batch, Chunk, Executor, FinishedStep, PendingStep, Sampled, StepResult
 from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 
 
@@ -45,6 +46,28 @@ def instant_executor(
 @dataclass
 class LateStep:
     result: Callable[[], StepResult]
+
+
+class LateExecutor:
+    """Another executor with two steps in flight, each computed as late as it may be: when its result is asked for."""
+
+    max_in_flight = 2
+
+    def __init__(self, inner: Executor) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> LateStep:
+        batch = Batch([_copy(chunk) for chunk in batch.chunks])
+        return LateStep(lambda: self._inner.submit(batch, on_group_done).result())
+
+
+def _copy(chunk: Chunk) -> Chunk:
+    """As it is now: its sequences may change once `submit` has returned."""
+    spec = chunk.sample and replace(chunk.sample, token_ids=tuple(chunk.sample.token_ids))
+    return replace(chunk, token_ids=tuple(chunk.token_ids), block_ids=tuple(chunk.block_ids), sample=spec)
 
 
 class ScriptedExecutor:

@@ -11,17 +11,22 @@ from engine.executors.base import SampleSpec
 from engine.executors.cuda_graphs import CapturableAttention, DecodeGraphs
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
+from engine.layers.fp8 import FIRST_CAPABILITY
 from engine.models.decoder import CausalLM
-from engine.request import SamplingParams
-from engine.sampler import sample
+from engine.request import MAX_LOGPROBS, SamplingParams
+from engine.sampler import part_rows, prompt_logprobs, sample
 from engine.weights import KvScales
 
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
+LAST_TOKENS = 512
 MARGIN_BYTES = GIB  # CUDA's own memory, loaded kernels, captured graphs, fragments
 RANDOM = SampleSpec(SamplingParams(top_k=50, top_p=0.9), seed=0, token_ids=(0,), num_prompt_tokens=1)
 GREEDY = SampleSpec(SamplingParams(temperature=0.0), seed=0, token_ids=(0,), num_prompt_tokens=1)
+EVERYTHING = SamplingParams(
+    repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={0: 1.0}, logprobs=MAX_LOGPROBS
+)
 # Kernels are compiled anew for one row, for rows in multiples of 16, and for sizes of their tiles.
 WARM_UP_TOKENS = (1, 2, 16, 17, 33, 48, 65, 80)
 
@@ -49,6 +54,10 @@ def make_attention(
 ) -> AttentionBackend:
     """FlashInfer where it is installed and has kernels, else PyTorch's own operators. Raises ValueError for FP8 KV."""
     config = model.config
+    capability = torch.cuda.get_device_capability(kv.device)
+    if kv.dtype != dtype and capability < FIRST_CAPABILITY:
+        needed, found = (".".join(map(str, numbers)) for numbers in (FIRST_CAPABILITY, capability))
+        raise ValueError(f"kv_cache.dtype fp8 needs a GPU of compute capability {needed}, and this one has {found}")
     missing = ""
     try:
         from engine.attention.flashinfer import FlashInferAttention, supports
@@ -94,25 +103,32 @@ def warm_up(model: CausalLM, attention: AttentionBackend, memory: DeviceMemory, 
             prompt = [Span(0, num_tokens, range(layout.num_blocks_for(num_tokens)))]
             decodes = [Span(0, 1, (0,))] * num_tokens
             for spans in (prompt, decodes):
-                run_step(model, attention, spans, num_tokens, memory.device)
+                run_step(model, attention, spans, num_tokens, 1)
 
 
 def measure_peak(
     model: CausalLM, layout: KvLayout, dtype: torch.dtype, limits: StepLimits, device: torch.device
 ) -> Peak:
-    """Run the largest step once, over a KV pool that is just large enough for it. Raises ValueError if it cannot be."""
+    """Run the largest step, and one at the end of the longest sequence, over one KV block: its content does not matter.
+
+    Raises ValueError if that cannot be.
+    """
     try:
         torch.cuda.synchronize(device)
         kept = torch.cuda.memory_allocated(device)
-        spans = longest_prompts(layout, limits)
-        memory = DeviceMemory(layout, sum(len(span.block_ids) for span in spans), device)
+        memory = DeviceMemory(layout, 1, device)
         attention = make_attention(memory.kv(getattr(torch, layout.dtype)), model, dtype, limits, None)
         torch.cuda.synchronize(device)
         own = torch.cuda.memory_allocated(device) - memory.tensor.numel()
-        torch.cuda.reset_peak_memory_stats(device)
-        run_step(model, attention, spans, limits.max_num_seqs, device)
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - memory.tensor.numel()
+        step = 0
+        for spans, num_sampled in (
+            (whole_prompts(layout, limits), limits.max_num_seqs),
+            (last_tokens(layout, limits), 1),
+        ):
+            torch.cuda.reset_peak_memory_stats(device)
+            run_step(model, attention, spans, num_sampled, limits.max_model_len)
+            torch.cuda.synchronize(device)
+            step += torch.cuda.max_memory_allocated(device) - memory.tensor.numel() - own
     except torch.OutOfMemoryError as error:
         _, total = torch.cuda.mem_get_info(device)
         raise ValueError(
@@ -123,11 +139,12 @@ def measure_peak(
     del attention
     memory.close()
     torch.cuda.empty_cache()
-    return Peak(own, peak - own)
+    return Peak(own, step)
 
 
-def num_blocks_that_fit(layout: KvLayout, peak: Peak, device: torch.device, fraction: float) -> int:
-    """KV blocks for a worker that may use `fraction` of the GPU. Raises ValueError with the numbers when none fits."""
+def num_blocks_that_fit(layout: KvLayout, peak: Peak, device: torch.device, fraction: float, least: int = 1) -> int:
+    """KV blocks for a worker that may use `fraction` of the GPU. Raises ValueError with the numbers if fewer fit than
+    `least`."""
     free, total = torch.cuda.mem_get_info(device)
     room = min(int(total * fraction) - peak.kept, free) - peak.step - MARGIN_BYTES
     numbers = (
@@ -135,12 +152,12 @@ def num_blocks_that_fit(layout: KvLayout, peak: Peak, device: torch.device, frac
         f"weights and workspaces take {peak.kept / GIB:.1f} GiB, the largest step {peak.step / GIB:.1f} GiB more, "
         f"CUDA {MARGIN_BYTES / GIB:.1f} GiB"
     )
-    if room < layout.block_bytes:
+    if room < least * layout.block_bytes:
         raise ValueError(
-            f"no room for KV: {numbers}. Free memory on the GPU, raise gpu_memory_fraction, or lower "
-            "scheduler.max_batch_tokens and scheduler.max_num_seqs"
+            f"no room for {least * layout.block_bytes / GIB:.1f} GiB of KV: {numbers}. Free memory on the GPU, raise "
+            "gpu_memory_fraction, or lower kv_cache.memory, scheduler.max_batch_tokens or scheduler.max_num_seqs"
         )
-    log.info("KV takes %.1f GiB: %s", room / GIB, numbers)
+    log.info("KV may take %.1f GiB: %s", room / GIB, numbers)
     return room // layout.block_bytes
 
 
@@ -156,28 +173,41 @@ def make_pool(layout: KvLayout, num_blocks: int, device: torch.device) -> Device
         ) from error
 
 
-def longest_prompts(layout: KvLayout, limits: StepLimits) -> list[Span]:
-    """Prompts of `max_batch_tokens` in all, in blocks of their own."""
-    spans: list[Span] = []
-    left, first_block = limits.max_batch_tokens, 0
-    while left:
-        num_tokens = min(left, limits.max_model_len)
-        num_blocks = layout.num_blocks_for(num_tokens)
-        spans.append(Span(0, num_tokens, range(first_block, first_block + num_blocks)))
-        first_block += num_blocks
-        left -= num_tokens
-    return spans
+def whole_prompts(layout: KvLayout, limits: StepLimits) -> list[Span]:
+    """`max_batch_tokens` of them, all in block 0."""
+    sizes = [limits.max_model_len] * (limits.max_batch_tokens // limits.max_model_len)
+    if rest := limits.max_batch_tokens % limits.max_model_len:
+        sizes.append(rest)
+    return [Span(0, size, [0] * layout.num_blocks_for(size)) for size in sizes]
+
+
+def last_tokens(layout: KvLayout, limits: StepLimits) -> list[Span]:
+    """A few, of the longest sequence: what attention needs for its length, it needs for any number of them."""
+    num_tokens = min(LAST_TOKENS, limits.max_batch_tokens, limits.max_model_len)
+    block_ids = [0] * layout.num_blocks_for(limits.max_model_len)
+    return [Span(limits.max_model_len - num_tokens, num_tokens, block_ids)]
 
 
 @torch.inference_mode()
-def run_step(
-    model: CausalLM, attention: AttentionBackend, spans: list[Span], num_sampled: int, device: torch.device
-) -> None:
+def run_step(model: CausalLM, attention: AttentionBackend, spans: list[Span], num_sampled: int, num_seen: int) -> None:
+    """A step that samples `num_sampled` rows, if it has as many, in each way: for penalties after `num_seen` tokens."""
+    device = model.model.embed_tokens.weight.device
     num_tokens = sum(span.num_tokens for span in spans)
     token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     positions = torch.zeros(num_tokens, dtype=torch.float32, device=device)
     hidden = model(token_ids, positions, attention.begin_step(spans, None))
+    vocab = model.config.vocab_size
     num_rows = min(num_sampled, num_tokens)
-    specs = [RANDOM if row % 2 else GREEDY for row in range(num_rows)]
-    for each in (specs, [RANDOM] * num_rows):
-        sample(model.logits(hidden[:num_rows]), each, [1] * num_rows)
+    for specs in sampling_kinds(num_rows, vocab, num_seen):
+        sample(model.logits(hidden[:num_rows])[: len(specs)], specs, [1] * len(specs))
+    num_rows = min(part_rows(vocab), num_tokens)
+    prompt_logprobs(model.logits(hidden[:num_rows]), [0] * num_rows, MAX_LOGPROBS)
+
+
+def sampling_kinds(num_rows: int, vocab: int, num_seen: int) -> list[list[SampleSpec]]:
+    """Random and greedy rows, random rows, and rows that ask for everything: of these as many as are done at a time."""
+    seen = tuple(token_id % vocab for token_id in range(num_seen))
+    demanding = SampleSpec(EVERYTHING, seed=0, token_ids=seen, num_prompt_tokens=0)
+    mixed = [RANDOM if row % 2 else GREEDY for row in range(num_rows)]
+    part = [demanding, GREEDY, *[demanding] * num_rows][: min(num_rows, part_rows(vocab, num_seen))]
+    return [mixed, [RANDOM] * num_rows, part]

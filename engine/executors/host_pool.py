@@ -7,8 +7,6 @@ from engine.kv.layout import KvLayout
 
 def check_memory(layout: KvLayout, num_blocks: int, available: int) -> None:
     """The pool is touched page by page, so what does not fit would kill the process later, in mid-request."""
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks must be at least 1, not {num_blocks}")
     needed = num_blocks * layout.block_bytes
     if needed > available:
         raise ValueError(

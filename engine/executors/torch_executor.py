@@ -35,13 +35,12 @@ from engine.executors.queued_step import GroupMarks, QueuedStep, step_result
 from engine.kv.layout import ITEM_SIZES, KvLayout
 from engine.kv.memory import HostMemory, KvMemory
 from engine.model_config import ModelConfig, load_model_config, with_quantization
-from engine.sampler import Choice, prompt_logprobs, sample
+from engine.sampler import Choice, part_rows, prompt_logprobs, sample
 from engine.tensors import to_device
 from engine.weights import Progress, num_parameters
 
 __all__ = ["TorchConfig", "TorchExecutor", "load_model"]
 
-LOGITS_BYTES = 64 << 20  # of prompt log probabilities computed at a time
 HOST_KV_BYTES = 1 << 30
 
 
@@ -86,6 +85,10 @@ class TorchExecutor:
             raise ValueError(f"device must be cpu or cuda, not {config.device!r}")
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: PyTorch finds no GPU (see nvidia-smi, and torch.version.cuda for its build)")
+        if not 0 < config.gpu_memory_fraction <= 1:
+            raise ValueError(f"gpu_memory_fraction must be above 0 and at most 1, not {config.gpu_memory_fraction}")
+        if config.block_size < 1 or config.block_size.bit_count() != 1:
+            raise ValueError(f"block_size must be a power of two, not {config.block_size}")
         self._device = torch.device("cuda:0" if config.device == "cuda" else "cpu")
         model_config = with_quantization(load_model_config(path), config.quantization)
         dtype = choose_dtype(config.dtype, model_config, self._device)
@@ -127,10 +130,12 @@ class TorchExecutor:
             max_model_len=config.max_model_len or model.config.max_position_embeddings,
             max_graph_rows=config.max_num_seqs if config.cuda_graphs else 0,
         )
+        peak = measure_peak(model, self.layout, dtype, limits, device)
         if num_blocks is None:
-            peak = measure_peak(model, self.layout, dtype, limits, device)
             num_blocks = num_blocks_that_fit(self.layout, peak, device, config.gpu_memory_fraction)
             self.max_model_len = choose_max_model_len(config, model.config, num_blocks)
+        else:  # that many even beyond the fraction, but not more than the GPU holds beside a step
+            num_blocks_that_fit(self.layout, peak, device, 1.0, num_blocks)
         self.memory = memory = make_pool(self.layout, num_blocks, device)
         limits = replace(limits, max_model_len=self.max_model_len)
         kv = memory.kv(getattr(torch, self.layout.dtype))
@@ -218,7 +223,7 @@ class TorchExecutor:
         for chunk, end in zip(chunks, row_ends.tolist(), strict=True):
             of_chunk: list[TokenLogprobs] | None = None
             if chunk.prompt_logprobs is not None:
-                num_rows = max(1, LOGITS_BYTES // (4 * self.vocab_size))
+                num_rows = part_rows(self.vocab_size)
                 first = end - len(chunk.token_ids)
                 of_chunk = []
                 for start in range(0, len(chunk.next_token_ids), num_rows):
@@ -264,12 +269,20 @@ def make_layout(config: TorchConfig, model_config: ModelConfig, dtype: str) -> K
 
 
 def num_blocks_asked(config: TorchConfig, layout: KvLayout) -> int | None:
-    """None: as many as fit on the GPU."""
+    """None: as many as fit on the GPU. Raises ValueError when there is not a single one."""
     if config.num_blocks is not None:
+        if config.num_blocks < 1:
+            raise ValueError(f"kv_cache.num_blocks must be at least 1, not {config.num_blocks}")
         return config.num_blocks
-    if config.kv_memory is not None:
-        return config.kv_memory // layout.block_bytes
-    return HOST_KV_BYTES // layout.block_bytes if config.device == "cpu" else None
+    if config.kv_memory is None and config.device != "cpu":
+        return None
+    kv_memory = HOST_KV_BYTES if config.kv_memory is None else config.kv_memory
+    if kv_memory < layout.block_bytes:
+        raise ValueError(
+            f"kv_cache.memory must be at least the {layout.block_bytes} bytes of one KV block of {layout.block_size} "
+            f"tokens, not {kv_memory}"
+        )
+    return kv_memory // layout.block_bytes
 
 
 def choose_max_model_len(config: TorchConfig, model_config: ModelConfig, num_blocks: int) -> int:

@@ -274,6 +274,24 @@ def test_resumed_blocks_that_were_moved_from_elsewhere_give_the_same_tokens_and_
     assert executor.steps[0] == [("a", 16, 1)]
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_sequence_resumed_at_the_longest_length_gets_one_token_and_ends(max_in_flight: int) -> None:
+    """Where its prompt was computed sequences may be longer, so its first token was not its last there."""
+    request = make_request("a", 7, max_tokens=5)
+    source, _ = make_engine()
+    source.submit(request)
+    [first] = step(source)
+    sink, _ = make_engine(max_model_len=8, max_in_flight=max_in_flight)
+    blocks = sink.kv.allocate(2)
+    assert blocks is not None
+    for theirs, ours in zip(source.detach(request.id), blocks, strict=True):
+        sink.executor.memory.block(ours)[:] = source.executor.memory.block(theirs)
+    sink.resume(replace(request, token_ids=(*request.token_ids, first.token_id)), blocks)
+    [output] = finish(sink, max_steps=4)["a"]
+    assert (output.token_id, output.finish_reason) == (undisturbed(request)[1], FinishReason.LENGTH)
+    assert sink.kv.num_free == sink.kv.num_blocks
+
+
 def test_wrong_kv_gives_wrong_tokens() -> None:
     request = make_request("a", 16, max_tokens=6)
     engine, executor = make_engine()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from engine import sampler
@@ -102,6 +103,35 @@ def test_a_row_is_sampled_the_same_alone_and_in_any_batch(dtype: torch.dtype) ->
     assert [sample(logits[i : i + 1], specs[i : i + 1])[0] for i in range(64)] == together
     order = rng.sample(range(64), 64)
     assert sample(logits[order], [specs[i] for i in order]) == [together[i] for i in order]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that anything makes."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+                self.num_bytes = max(self.num_bytes, tensor.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("num_seen", [3, 2000])
+def test_memory_is_bounded_whatever_many_rows_ask_for_and_the_results_are_the_same(
+    num_seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 rows of 4 KB; 64 KB are worked on at a time, as integers of eight bytes at most."""
+    rng = random.Random(13)
+    logits = random_logits(13, rows=64, vocab=1000)
+    seen = tuple(rng.randrange(1000) for _ in range(num_seen))
+    specs = [replace(random_spec(rng, seed), token_ids=seen, num_prompt_tokens=1) for seed in range(64)]
+    whole = sample(logits, specs), prompt_logprobs(logits, range(64), 5)
+    monkeypatch.setattr(sampler, "PART_BYTES", 64_000)
+    with LargestTensor() as largest:
+        assert (sample(logits, specs), prompt_logprobs(logits, range(64), 5)) == whole
+    assert largest.num_bytes <= 2 * 64_000
 
 
 def test_the_logits_given_are_not_changed() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,23 @@ import pytest
 import torch
 import transformers
 
+from engine import sampler
 from engine.engine import Engine
+from engine.executors import torch_executor
 from engine.executors.base import Batch, Chunk, Executor, SampleSpec
+from engine.executors.cuda_setup import Peak, measure_peak
 from engine.executors.torch_executor import TorchConfig, TorchExecutor
-from engine.request import Request, RequestId, SamplingParams
+from engine.request import MAX_LOGPROBS, Request, RequestId, SamplingParams
 from engine.scheduler import SchedulerConfig
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.executor_contract import CHECKS
+from tests.engine.test_sampler import random_logits, random_spec
 
 pytestmark = pytest.mark.gpu
 
 FP8_KV_DIVERGENCE = 0.02  # nats; a small random model feels it more than a large one (benchmarks/gpu/fp8_accuracy.py)
 
+GREEDY = SamplingParams(temperature=0.0)
 # What FlashInfer has kernels for: the tests' usual checkpoints have smaller heads.
 REAL_HEADS = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 
@@ -189,6 +195,47 @@ def test_the_same_seed_samples_the_same_tokens_on_cpu_and_gpu(tmp_path: Path) ->
     on_cpu.close()
 
 
+def test_the_step_that_memory_is_measured_with_covers_what_requests_may_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 rows of a large vocabulary, all with penalties and log probabilities; and those of a prompt."""
+    path = make_checkpoint(
+        tmp_path, "llama", tokenizer=False, dtype=torch.bfloat16, vocab_size=1 << 17, num_hidden_layers=1, **REAL_HEADS
+    )
+    peaks: list[Peak] = []
+    monkeypatch.setattr(torch_executor, "measure_peak", lambda *args: peaks.append(measure_peak(*args)) or peaks[0])
+    executor = gpu(path, num_blocks=None, gpu_memory_fraction=0.2, max_batch_tokens=512, max_num_seqs=512)
+    params = SamplingParams(repetition_penalty=1.2, frequency_penalty=0.5, top_p=0.9, logprobs=MAX_LOGPROBS)
+    everything = SampleSpec(params, seed=0, token_ids=range(1000), num_prompt_tokens=1)
+    tokens = list(range(512))
+    prompt = Chunk(RequestId("p"), tokens, 0, range(32), None, MAX_LOGPROBS, tokens[1:])
+    specs = [replace(everything, params=GREEDY) if i % 50 == 0 else everything for i in tokens]
+    decodes = [Chunk(RequestId(str(i)), [i], 0, [i], spec) for i, spec in enumerate(specs)]
+    for chunks in (decodes, [prompt]):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        executor.submit(Batch(chunks)).result()
+        assert torch.cuda.max_memory_allocated() - before <= peaks[0].step
+    executor.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_sampled_a_few_at_a_time_give_what_they_give_together(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(6)
+    specs = [random_spec(rng, seed) for seed in range(64)]
+    logits = random_logits(6, rows=64).to(dtype).cuda()
+    found = []
+    for num_rows in (64, 5, 1):
+        monkeypatch.setattr(sampler, "PART_BYTES", num_rows * 4 * (logits.shape[-1] + 4 * 40))
+        choice = sampler.sample(logits, specs, [len(spec.token_ids) for spec in specs])
+        torch.cuda.synchronize()
+        found.append((choice.read(), sampler.prompt_logprobs(logits, list(range(64)), 5)))
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_pool_is_sized_from_what_is_free_after_the_largest_step(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama", tokenizer=False, **REAL_HEADS)
     total = torch.cuda.mem_get_info()[1]
@@ -198,7 +245,7 @@ def test_the_pool_is_sized_from_what_is_free_after_the_largest_step(tmp_path: Pa
     batch = Batch([Chunk(RequestId("r"), list(range(5, 500)), 0, range(64))])
     executor.submit(batch).result()
     executor.close()
-    with pytest.raises(ValueError, match="no room for KV: 0% of the GPU's"):
+    with pytest.raises(ValueError, match=r"no room for 0\.0 GiB of KV: 0% of the GPU's"):
         gpu(path, num_blocks=None, gpu_memory_fraction=0.001)
-    with pytest.raises(ValueError, match=r"KV blocks of .* need .* GiB are free"):
+    with pytest.raises(ValueError, match=r"no room for .* GiB of KV: 100% of the GPU's .* are free"):
         gpu(path, num_blocks=1 << 32)

@@ -2,20 +2,25 @@
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from engine.executors.base import Executor
 from engine.executors.torch_executor import TorchConfig, TorchExecutor
 from engine.request import SamplingParams
 from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.fakes import LateExecutor
 from tests.integration.harness import running_cluster
 
 NUM_TOKENS = 64
 PROMPT_LENGTHS = (37, 90, 5)
+steps_in_flight = pytest.mark.parametrize(
+    "wrap", [lambda executor: executor, LateExecutor], ids=["one-step", "two-steps-in-flight"]
+)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
@@ -117,11 +122,14 @@ async def test_block_sizes_may_differ_between_the_pools(
         await cluster.quiesce()
 
 
-async def test_sampled_text_depends_on_the_seed_and_on_nothing_else(checkpoints: dict[str, Path]) -> None:
+@steps_in_flight
+async def test_sampled_text_depends_on_the_seed_and_on_nothing_else(
+    checkpoints: dict[str, Path], wrap: Callable[[Executor], Executor]
+) -> None:
     path = checkpoints["qwen2"]
-    params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=32, ignore_eos=True, presence_penalty=0.5)
+    params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=32, ignore_eos=True, presence_penalty=1.5)
     prompt = prompts()[0]
-    async with running_cluster(lambda _role: executor(path)) as cluster:
+    async with running_cluster(lambda _role: wrap(executor(path))) as cluster:
         alone = await cluster.generate(prompt, params, seed=11)
         crowd = await asyncio.gather(*(cluster.generate(prompt, params, seed=seed) for seed in (11, 12, 11, 13)))
         assert crowd[0] == crowd[2] == alone
@@ -130,14 +138,16 @@ async def test_sampled_text_depends_on_the_seed_and_on_nothing_else(checkpoints:
         assert await colocated.generate(prompt, params, seed=11) == alone
 
 
+@steps_in_flight
 async def test_more_sequences_than_the_pool_holds_all_finish_with_their_own_tokens(
-    checkpoints: dict[str, Path],
+    checkpoints: dict[str, Path], wrap: Callable[[Executor], Executor]
 ) -> None:
     """The decode pool holds fewer blocks than the requests need together: some are preempted and recomputed."""
     path = checkpoints["llama"]
     texts = [[5 + (i * 7 + j) % 500 for j in range(40)] for i in range(12)]
     expected = [reference(path, prompt, 48)[0] for prompt in texts]
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
-    async with running_cluster(lambda role: executor(path, num_blocks=32 if role == "decode" else 200)) as cluster:
+    sizes = {"prefill": 200, "decode": 32}
+    async with running_cluster(lambda role: wrap(executor(path, num_blocks=sizes[role])), prefill_tokens=64) as cluster:
         assert await asyncio.gather(*(cluster.generate(prompt, params) for prompt in texts)) == expected
         await cluster.quiesce()

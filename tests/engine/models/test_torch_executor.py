@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attention.base import Span
+from engine.executors import cuda_setup
 from engine.executors.base import Batch, Chunk, SampleSpec
 from engine.executors.host_pool import check_memory
-from engine.executors.torch_executor import TorchConfig, TorchExecutor, layer_group_ends
+from engine.executors.torch_executor import TorchConfig, TorchExecutor, layer_group_ends, num_blocks_asked
 from engine.kv.layout import KvLayout
-from engine.request import RequestId, SamplingParams
+from engine.request import MAX_LOGPROBS, RequestId, SamplingParams
+from engine.sampler import sample
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.models.runner import Reference, random_tokens
 
@@ -107,7 +110,7 @@ def test_a_group_is_announced_in_order_when_its_kv_is_in_memory_and_later_layers
 def test_prompt_logprobs_are_the_models_own_across_chunks(
     executor: TorchExecutor, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.executors.torch_executor.LOGITS_BYTES", 3 * 4 * 512)  # three rows at a time
+    monkeypatch.setattr("engine.sampler.PART_BYTES", 3 * 4 * 512)  # three rows at a time
     tokens, blocks = random_tokens(21), [7, 3, 5, 1, 40, 41]
     found = []
     for start, end in ((0, 8), (8, 21)):
@@ -160,9 +163,11 @@ def test_every_stored_type_runs_in_the_type_asked_for(
         ({"dtype": "int8"}, "dtype must be auto or one of float32, bfloat16, float16, not 'int8'"),
         ({"max_model_len": 1025}, "between 1 and the model's 1024 positions, not 1025"),
         ({"max_model_len": 100, "num_blocks": 6}, "max_model_len 100 needs 7 blocks of 16 tokens"),
-        ({"num_blocks": 0}, "num_blocks must be at least 1, not 0"),
+        ({"num_blocks": 0}, "kv_cache.num_blocks must be at least 1, not 0"),
         ({"layers_per_group": 0}, "layers_per_group must be at least 1, not 0"),
         ({"device": "tpu"}, "device must be cpu or cuda, not 'tpu'"),
+        ({"gpu_memory_fraction": 7.0}, "gpu_memory_fraction must be above 0 and at most 1, not 7.0"),
+        ({"block_size": 15}, "block_size must be a power of two, not 15"),
         ({"kv_dtype": "fp8"}, "kv_cache.dtype fp8 is for device cuda"),
         ({"num_blocks": 1 << 40}, "GiB are available beside the weights"),
     ],
@@ -170,6 +175,15 @@ def test_every_stored_type_runs_in_the_type_asked_for(
 def test_a_config_that_does_not_fit_is_refused(llama: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TorchExecutor(llama, TorchConfig(**({"num_blocks": 64} | options)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_for_less_than_one_block_is_refused_with_the_bytes_of_one(device: str) -> None:
+    layout = KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
+    assert num_blocks_asked(TorchConfig(device=device, kv_memory=3 * 8192 - 1), layout) == 2
+    for num_bytes in (0, 8191):
+        with pytest.raises(ValueError, match=rf"kv_cache\.memory must be at least the 8192 bytes .* not {num_bytes}"):
+            num_blocks_asked(TorchConfig(device=device, kv_memory=num_bytes), layout)
 
 
 def test_limits_default_to_what_model_and_blocks_allow(llama: Path) -> None:
@@ -185,6 +199,23 @@ def test_a_pool_that_does_not_fit_is_refused_with_the_numbers() -> None:
     check_memory(layout, 1024, available=8 << 20)
     with pytest.raises(ValueError, match=r"2048 KV blocks of 8192 bytes need 0\.0 GiB.* at most 1024 fit"):
         check_memory(layout, 2048, available=8 << 20)
+
+
+def test_memory_is_measured_with_what_requests_may_ask_for(
+    executor: TorchExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[SampleSpec] = []
+
+    def noting(logits: torch.Tensor, specs: list[SampleSpec], positions: list[int]) -> None:
+        assert len(logits) == len(specs)
+        sampled.extend(specs)
+        sample(logits, specs, positions)
+
+    monkeypatch.setattr(cuda_setup, "sample", noting)
+    cuda_setup.run_step(executor._model, executor._attention, [Span(0, 9, range(3))], 4, 1000)
+    assert {spec.params.greedy for spec in sampled} == {True, False}
+    everything = [spec for spec in sampled if spec.params.has_penalties and spec.params.logprobs == MAX_LOGPROBS]
+    assert [len(spec.token_ids) for spec in everything] == [1000] * 3
 
 
 def test_layer_groups_cover_all_layers() -> None:
