@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.errors import TransferError
 from engine.kv.device_memory import DeviceMemory
 from kv_transfer.checksum import Digests
-from kv_transfer.copy_stream import CopyStream, Rows
+from kv_transfer.copy_stream import CopyStream, Part, Rows, RowTable
 from kv_transfer.plan import TransferPlan
 from kv_transfer.target import SOURCE_RANK, Target, batches
 from kv_transfer.transports.base import Fetch, MappedReader, PieceReader, Reader, Run, StageReader
@@ -57,9 +57,12 @@ class DeviceCopier:
         self._first_sink_block = target.num_held_tokens // memory.layout.block_size
         self.groups = target.groups
         self.needed_groups = target.needed_groups(plan)
-        self._direct = [plan.direct_offset(SOURCE_RANK, layers) for layers in target.groups]
+        self._blocks = self._block_table()
+        self._shifts = [self._shift(layers) for layers in target.groups]
         self.checksums = isinstance(reader, PieceReader)
-        if isinstance(reader, MappedReader):
+        self._mapped: MappedReader | None = None
+        if isinstance(reader, MappedReader):  # slow to find out
+            self._mapped = reader
             self.job_bytes = MAPPED_JOB_BYTES
         else:
             self.job_bytes = min(reader.batch_bytes, stream.stage_bytes)
@@ -70,6 +73,12 @@ class DeviceCopier:
         return len(self._target.groups[layer_group]) * self._source.layer_bytes
 
     def fetch(self, runs: Sequence[Run], stop: Event) -> tuple[list[Run], str]:
+        if self._mapped is not None:
+            try:
+                self._stream.run_parts(self._mapped.memory, self._pool, self._parts(runs), stop)
+            except TransferError as error:
+                return list(runs), str(error)
+            return [], ""
         bad: list[Run] = []
         reason = ""
         sizes = [self.piece_bytes(run.layer_group) for run in runs]
@@ -84,21 +93,18 @@ class DeviceCopier:
         return bad, reason
 
     def _fetch_batch(self, batch: Batch, stop: Event) -> None:
-        if isinstance(self._reader, MappedReader):
-            rows = np.concatenate([self._rows(run, self._source_starts(run)) for run, _ in batch])
-            self._stream.run(self._reader.memory, self._pool, rows, stop)
-            return
+        """By way of a stage."""
         num_bytes = sum(run.num_blocks * size for run, size in batch)
         with self._stream.stage() as whole:
             stage = whole[:num_bytes]
             if isinstance(self._reader, StageReader):
                 runs, sizes = [run for run, _ in batch], [size for _, size in batch]
                 self._reader.read_into(self._target.lease_id, runs, sizes, stage, stop)
-            else:
+            elif isinstance(self._reader, PieceReader):
                 self._read_through_host(self._reader, batch, stage, stop)
             tables, start = [], 0
             for run, size in batch:
-                tables.append(self._rows(run, start + np.arange(run.num_blocks) * size))
+                tables.append(self._staged(run, start + np.arange(run.num_blocks) * size))
                 start += run.num_blocks * size
             self._stream.run(stage, self._pool, np.concatenate(tables), stop)
 
@@ -125,16 +131,47 @@ class DeviceCopier:
         block_ids = self._source_ids[run.first_block : run.first_block + run.num_blocks]
         return block_ids * self._source.block_bytes + layers.start * self._source.layer_bytes
 
-    def _rows(self, run: Run, starts: Starts) -> Rows:
-        """From pieces that begin at `starts` into the sink's blocks."""
-        direct = self._direct[run.layer_group]
+    def _block_table(self) -> RowTable:
+        """From each of the source's blocks to the sink's at its place, of no size, where blocks are of equal size."""
+        rows = np.zeros((len(self._sink_ids), 3), np.int64)
+        if self._source.block_size == self._sink.block_size:
+            rows[:, 0] = self._source_ids[self._first_sink_block :] * self._source.block_bytes
+            rows[:, 1] = self._sink_ids * self._sink.block_bytes
+        return RowTable(rows)
+
+    def _shift(self, layers: range) -> tuple[int, int, int] | None:
+        """Where these layers begin in blocks of the source and of the sink, and their size. None: scattered."""
+        direct = self._plan.direct_offset(SOURCE_RANK, layers)
         if direct is None:
+            return None
+        return layers.start * self._source.layer_bytes, direct, len(layers) * self._source.layer_bytes
+
+    def _parts(self, runs: Sequence[Run]) -> list[Part]:
+        """From the source's memory into the sink's blocks. Of the same blocks, layers that lie together go together."""
+        parts: list[Part] = []
+        for run in runs:
+            shift = self._shifts[run.layer_group]
+            if shift is None:
+                rows = self._scattered(run, self._source_starts(run))
+                parts.append(Part(RowTable(rows), 0, len(rows)))
+                continue
+            first, count = run.first_block - self._first_sink_block, run.num_blocks
+            if parts and (parts[-1].table, parts[-1].first, parts[-1].count) == (self._blocks, first, count):
+                source, sink, size = parts[-1].shift
+                if (source + size, sink + size) == shift[:2]:
+                    shift = source, sink, size + shift[2]
+                    parts.pop()
+            parts.append(Part(self._blocks, first, count, shift))
+        return parts
+
+    def _staged(self, run: Run, starts: Starts) -> Rows:
+        """Into the sink's blocks, from pieces that begin at `starts` in a stage."""
+        shift = self._shifts[run.layer_group]
+        if shift is None:
             return self._scattered(run, starts)
-        rows = np.empty((run.num_blocks, 3), np.int64)
         first = run.first_block - self._first_sink_block
+        rows: Rows = self._blocks.rows[first : first + run.num_blocks] + shift
         rows[:, 0] = starts
-        rows[:, 1] = self._sink_ids[first : first + run.num_blocks] * self._sink.block_bytes + direct
-        rows[:, 2] = self.piece_bytes(run.layer_group)
         return rows
 
     def _scattered(self, run: Run, starts: Starts) -> Rows:

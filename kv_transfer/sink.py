@@ -126,7 +126,8 @@ class KvSink:
     def _check_blocks(self, offered: pb.KvOffer, block_ids: Sequence[int], num_held_tokens: int) -> None:
         layout = self._memory.layout
         assert num_held_tokens % layout.block_size == 0, (num_held_tokens, layout.block_size)
-        assert all(0 <= block_id < self._memory.num_blocks for block_id in block_ids), block_ids
+        if block_ids:
+            assert 0 <= min(block_ids) <= max(block_ids) < self._memory.num_blocks, block_ids
         num_blocks = layout.num_blocks_for(offered.num_tokens) - num_held_tokens // layout.block_size
         if not 0 <= num_blocks == len(block_ids):
             raise TransferError(
@@ -210,7 +211,7 @@ class KvSink:
         layout = link.plan.sources[SOURCE_RANK]
         if len(offered.block_ids) != layout.num_blocks_for(offered.num_tokens):
             raise TransferError("the offer has another number of blocks than its tokens need", retryable=True)
-        if any(block_id >= link.num_blocks for block_id in offered.block_ids):
+        if max(offered.block_ids, default=0) >= link.num_blocks:
             raise TransferError("the offer names blocks that the source does not have", retryable=True)
         try:
             groups = layer_ranges(tuple(offered.layer_groups), layout)

@@ -90,6 +90,7 @@ class SinkLink:
         self.reader: Reader | None = None
         self.stream: CopyStream | None = None  # where the sink's memory is a device's
         self._closing: Future[None] | None = None
+        self._unused = asyncio.Event()  # dead, and every pull has detached
         self._lease_s = 0.0
         self._num_silent_ticks = 0
 
@@ -127,11 +128,13 @@ class SinkLink:
         self._wake.set()
 
     async def close(self) -> None:
+        """Its pulls fail. Afterwards none of their copies runs any more, and nothing of the source is mapped."""
         self._die("the link was closed")
         if self._conversation is not None:
             self._conversation.cancel()
             await asyncio.wait((self._conversation,))
         await self._hang_up()
+        await self._unused.wait()  # copies look at their stop, and have deadlines of their own
         if self._closing is not None:
             await asyncio.wrap_future(self._closing)
 
@@ -271,6 +274,7 @@ class SinkLink:
 
     def _release_when_unused(self) -> None:
         if not self.alive and not self._pulls:
+            self._unused.set()
             reader, stream, self.reader, self.stream = self.reader, self.stream, None, None
             if reader is not None and stream is not None:
                 self._closing = self.pool.submit(reader.close)  # unmapping device memory may wait for the device
@@ -280,10 +284,10 @@ class SinkLink:
 
 
 def _discard(opening: "asyncio.Task[Opened]") -> None:
-    """A reader that came after its link was given up."""
+    """A reader that came after its link was given up. To close it may wait for the device or for the peer."""
     if not opening.cancelled() and opening.exception() is None:
         reader, _ = opening.result()
-        reader.close()
+        opening.get_loop().run_in_executor(None, reader.close)
 
 
 def _code(error: grpc.RpcError) -> str:

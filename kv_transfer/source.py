@@ -338,8 +338,8 @@ class KvSource:
         if not groups and held.first_token is None:
             return None
         assert held.link is not None, held.lease_id
-        if held.first_token is None and self._num_pending_bytes(held) < held.link.worthwhile_bytes:
-            return None  # more is to come
+        if self._should_wait(held, held.link.worthwhile_bytes):
+            return None
         if held.link.checksummed:
             spans = [self._take(held, group, self._config.announce_bytes) for group in groups[:1]]
         else:
@@ -348,6 +348,14 @@ class KvSource:
         if held.all_announced:
             first_token, held.first_token = held.first_token, None
         return Work(held.lease_id, tuple(spans), first_token)
+
+    def _should_wait(self, held: _Held, worthwhile_bytes: int) -> bool:
+        """More is to come soon, and what is pending would not be worth a copy. Only the last group is spared that
+        company: whatever it is copied with is not hidden by computing."""
+        if held.first_token is not None or self._num_pending_bytes(held) >= worthwhile_bytes:
+            return False
+        missing = [group for group, final in enumerate(held.num_final) if final < len(held.block_ids)]
+        return missing not in ([], [len(self._groups) - 1])
 
     def _num_pending_bytes(self, held: _Held) -> int:
         """Of what is final and not announced."""

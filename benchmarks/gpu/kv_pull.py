@@ -6,7 +6,8 @@ The child process is a source with a pool full of random KV of Llama-3-8B's shap
 KvSource and KvSink. Everything becomes final at once: prefill hides nothing. In bytes of KV (each is read and written):
 
   copy     one tensor copied to another in this process: what the card's memory gives
-  gather   the table kernel over the other process's memory, from scattered blocks: table, launch, and waiting for it
+  gather   what one announcement of everything has a copy thread do, in this one: the table of rows from the block ids,
+           its way to the device, the kernel over the other process's memory, and waiting for it on the host
   pull     of a whole handoff, the time in which copies ran (as the metrics have it)
   handoff  offer in hand to KV confirmed: with the lease, announcements and confirmation over gRPC
 
@@ -30,10 +31,14 @@ from engine.auth import TokenInterceptor
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
 from kv_transfer.copy_stream import CopyStream
+from kv_transfer.device_copier import DeviceCopier
 from kv_transfer.fingerprint import fingerprint
+from kv_transfer.link import layer_ranges
+from kv_transfer.plan import plan_transfer
 from kv_transfer.sink import KvSink, SinkConfig
 from kv_transfer.source import KvSource
-from kv_transfer.transports.base import MappedReader, ServerTransport, SinkTransport
+from kv_transfer.target import Target
+from kv_transfer.transports.base import MappedReader, Run, ServerTransport, SinkTransport
 from kv_transfer.transports.shared_memory import host_boot_id
 
 TOKEN = "benchmark"
@@ -163,27 +168,27 @@ async def measure(args: argparse.Namespace, child: Connection) -> None:
 
 
 def gather(stream: CopyStream, reader: MappedReader, ours: DeviceMemory, num_tokens: int) -> float:
-    """In one table of whole blocks of one layer group each, into blocks in order."""
+    """Seconds. The copier is made first, as a pull makes it before it opens its lease."""
     num_blocks = LAYOUT.num_blocks_for(num_tokens)
-    blocks = np.array(scattered(ours.num_blocks)[:num_blocks])
-    pieces = [
-        (start * LAYOUT.layer_bytes, (end - start) * LAYOUT.layer_bytes)
-        for start, end in zip((0, *LAYER_GROUPS), LAYER_GROUPS, strict=False)
-    ]
-    rows = np.concatenate(
-        [
-            np.stack(
-                [
-                    blocks * LAYOUT.block_bytes + start,
-                    np.arange(num_blocks) * LAYOUT.block_bytes + start,
-                    np.full(num_blocks, size),
-                ],
-                axis=1,
-            )
-            for start, size in pieces
-        ]
+    target = Target(
+        lease_id="",
+        groups=layer_ranges(LAYER_GROUPS, LAYOUT),
+        source_block_ids=scattered(ours.num_blocks)[:num_blocks],
+        sink_block_ids=range(num_blocks),
+        num_tokens=num_tokens,
+        num_held_tokens=0,
     )
-    return timed(lambda: stream.run(reader.memory, ours.tensor, rows, Event()))
+    copier = DeviceCopier(reader, plan_transfer([LAYOUT], LAYOUT), ours, target, stream)
+    runs = [Run(group, 0, num_blocks) for group in range(len(LAYER_GROUPS))]
+    ours.tensor.zero_()
+
+    def work() -> None:
+        bad, reason = copier.fetch(runs, Event())
+        assert not bad, reason
+
+    seconds = timed(work)
+    check(reader, ours, num_tokens)
+    return seconds
 
 
 async def pull(sink: KvSink, child: Connection, ours: DeviceMemory, num_tokens: int) -> tuple[float, float]:
@@ -197,11 +202,11 @@ async def pull(sink: KvSink, child: Connection, ours: DeviceMemory, num_tokens: 
 
 
 def check(reader: MappedReader, ours: DeviceMemory, num_tokens: int) -> None:
-    """What was pulled last is what the source has."""
+    """What came last is what the source has."""
     theirs = reader.memory.view(-1, LAYOUT.block_bytes)
-    blocks = scattered(len(theirs))[: LAYOUT.num_blocks_for(num_tokens)]
+    blocks = torch.tensor(scattered(len(theirs))[: LAYOUT.num_blocks_for(num_tokens)], device=DEVICE)
     mine = ours.tensor[: ours.size].view(-1, LAYOUT.block_bytes)
-    assert all(torch.equal(theirs[block], mine[i]) for i, block in enumerate(blocks)), "another content"
+    assert torch.equal(theirs[blocks], mine[: len(blocks)]), "another content"
 
 
 def report(num_tokens: int, num_bytes: int, times: dict[str, Sequence[float]]) -> None:

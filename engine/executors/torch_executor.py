@@ -53,8 +53,8 @@ class TorchConfig:
 
     `num_blocks` None is what fits into `kv_memory` bytes; `kv_memory` None is 1 GiB on the CPU, and on CUDA what is
     free beside the largest step (`max_batch_tokens`, `max_num_seqs`) within `gpu_memory_fraction` of the GPU.
-    `max_model_len` None is the most that the model and the blocks allow. `layers_per_group` None is a quarter of the
-    layers. `num_threads` None leaves PyTorch's setting, which belongs to the whole process, as it is.
+    `max_model_len` None is the most that the model and the blocks allow. `layers_per_group` None is about a quarter of
+    the layers. `num_threads` None leaves PyTorch's setting, which belongs to the whole process, as it is.
     """
 
     device: str = "cpu"
@@ -301,8 +301,14 @@ def choose_max_model_len(config: TorchConfig, model_config: ModelConfig, num_blo
 
 
 def layer_group_ends(num_layers: int, layers_per_group: int | None) -> tuple[int, ...]:
-    """Exclusive ends of groups of `layers_per_group` layers; the last group may be smaller."""
-    size = max(1, num_layers // 4) if layers_per_group is None else layers_per_group
+    """Exclusive ends of groups of `layers_per_group` layers; the last group may be smaller.
+
+    By default quarters, and the last sixteenth of the layers for itself: no computing hides its transfer.
+    """
+    if layers_per_group is None:
+        size, last = max(1, num_layers // 4), max(1, num_layers // 16)
+        return tuple(sorted({*range(size, num_layers, size), num_layers - last, num_layers} - {0}))
+    size = layers_per_group
     if size < 1:
         raise ValueError(f"layers_per_group must be at least 1, not {size}")
     return (*range(size, num_layers, size), num_layers)

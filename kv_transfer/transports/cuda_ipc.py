@@ -11,8 +11,8 @@ when the source dies.
 """
 
 import hmac
+import logging
 import os
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from kv_transfer.transports import cuda_driver as driver
 from kv_transfer.transports.base import ReadGuard
 from kv_transfer.transports.shared_memory import host_boot_id
 
+log = logging.getLogger(__name__)
+
 NAME = "cuda_ipc"
 
 
@@ -31,8 +33,8 @@ class CudaIpcServer:
 
     name = NAME
     checksums = False
-    # Microseconds to copy. Where both processes share a GPU each copy also makes it change from one to the other.
-    worthwhile_bytes = 128 << 20
+    # Half a millisecond to copy. Where both processes share a GPU, each copy makes it change from one to the other.
+    worthwhile_bytes = 512 << 20
 
     def __init__(self, memory: DeviceMemory) -> None:
         self._boot_id = host_boot_id()
@@ -86,8 +88,10 @@ class CudaIpcSink:
             raise TransferError(f"the source's device memory cannot be mapped: {error}", retryable=True) from error
         try:
             reader.prove(int(parts[2]), proof)
-        except BaseException:
+        except BaseException as error:
             reader.close()
+            if isinstance(error, driver.CudaError | RuntimeError):  # of the driver or of torch
+                raise TransferError(f"the source's device memory cannot be read: {error}", retryable=True) from error
             raise
         return reader
 
@@ -107,10 +111,13 @@ class CudaIpcReader:
 
     def __init__(self, device_index: int, handle: bytes, offset: int, size: int) -> None:
         self._index = device_index
-        self._lock = Lock()
         with driver.context(device_index):
             self._start = driver.open_mapping(handle)
-            start, mapped = driver.allocation(self._start)
+            try:
+                start, mapped = driver.allocation(self._start)
+            except driver.CudaError:
+                driver.close_mapping(self._start)
+                raise
         self._mapped = mapped - (self._start - start)
         self._offset = offset
         self._size = size
@@ -134,8 +141,11 @@ class CudaIpcReader:
 
     def close(self) -> None:
         self._memory = None
-        with self._lock, driver.context(self._index):
-            driver.close_mapping(self._start)
+        try:
+            with driver.context(self._index):
+                driver.close_mapping(self._start)
+        except driver.CudaError as error:  # nothing that the caller could do about it
+            log.warning("closing the mapping of a source's memory: %s", error)
 
     def _tensor(self, offset: int, size: int) -> Tensor:
         return torch.as_tensor(_Mapped(self._start + offset, size))

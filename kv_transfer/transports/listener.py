@@ -93,7 +93,13 @@ class LinkListener:
                     continue
                 thread = Thread(target=self._serve, args=(connection,), name="kv-send", daemon=True)
                 self._connections[connection] = thread
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # out of threads: they may come back
+                log.warning("cannot serve a connection: %s", error)
+                with self._lock:
+                    del self._connections[connection]
+                connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         assert self._guard is not None

@@ -43,9 +43,9 @@ class NcclConfig:
 
 
 class NcclSink:
-    name = NAME
-
     """`device` is where the stages lie. Raise ImportError when cupy or its NCCL is missing."""
+
+    name = NAME
 
     def __init__(
         self, token: str, device: torch.device, *, config: NcclConfig | None = None, nccl: Nccl | None = None
@@ -153,7 +153,7 @@ class NcclReader:
             raise tcp_wire.Disconnected("another number of bytes than asked for")
         try:
             return lane.receive(torch.split(stage, self._chunk_bytes), stop)
-        except TransferError as error:
+        except BaseException as error:  # whatever it is, some may be on their way into the stage
             lane.fail(str(error))
             raise
 

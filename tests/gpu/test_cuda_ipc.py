@@ -21,7 +21,7 @@ from engine.auth import TokenInterceptor
 from engine.errors import TransferError
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
-from kv_transfer.copy_stream import CopyStream
+from kv_transfer.copy_stream import CopyStream, Part, RowTable
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink
 from kv_transfer.source import KvSource
@@ -110,14 +110,14 @@ async def serve_sink(parent: Connection) -> None:
     """Another process: pulls each offer that it is sent, slowly."""
     memory = DeviceMemory(LAYOUT, NUM_BLOCKS, CUDA)
     sink = sink_over(memory)
-    run = CopyStream.run
+    run = CopyStream.run_parts
 
     def slowly(self: CopyStream, *args: object) -> None:
         parent.send("copying")
         for _ in range(1_000_000):
             run(self, *args)
 
-    CopyStream.run = slowly
+    CopyStream.run_parts = slowly
     while True:
         offer, num_tokens = await asyncio.to_thread(parent.recv)
         blocks = range(LAYOUT.num_blocks_for(num_tokens))
@@ -190,7 +190,7 @@ async def test_a_source_killed_in_mid_copy_fails_the_pull_and_nothing_else(monke
     expected = random_pool()
     sink = sink_over(memory)
     copying, killed = Event(), Event()
-    run = CopyStream.run
+    run = CopyStream.run_parts
 
     def until_killed(self: CopyStream, *args: object) -> None:
         copying.set()
@@ -199,7 +199,7 @@ async def test_a_source_killed_in_mid_copy_fails_the_pull_and_nothing_else(monke
         for _ in range(100):  # its memory is still there
             run(self, *args)
 
-    monkeypatch.setattr(CopyStream, "run", until_killed)
+    monkeypatch.setattr(CopyStream, "run_parts", until_killed)
     with process("source") as (source, child):
         receive(child)
         child.send(16 * NUM_BLOCKS)
@@ -324,6 +324,26 @@ def test_rows_of_any_alignment_are_copied_exactly(unit: int) -> None:
     torch.cuda.synchronize()
     CopyStream(CUDA).run(source, sink, np.array(rows), Event())
     assert torch.equal(sink, expected)
+
+
+def test_more_rows_than_one_launch_takes_and_shifted_parts_are_copied_exactly() -> None:
+    count, size = 150_000, 16
+    source = torch.randint(0, 256, (count * size,), dtype=torch.uint8, device=CUDA)
+    sink = torch.zeros_like(source)
+    places = np.random.default_rng(1).permutation(count)
+    rows = np.stack([places * size, np.arange(count) * size, np.full(count, size)], axis=1)
+    torch.cuda.synchronize()
+    stream = CopyStream(CUDA)
+    stream.run(source, sink, rows, Event())
+    assert torch.equal(sink.view(-1, size), source.view(-1, size)[places])
+    sink.zero_()
+    torch.cuda.synchronize()
+    rows[:, 2] = 0
+    table = RowTable(rows[:40_000])
+    parts = [Part(table, first, 20_000, (shift, shift, 8)) for first in (20_000, 0) for shift in (0, 8)]
+    stream.run_parts(source, sink, parts, Event())
+    assert torch.equal(sink.view(-1, size)[:40_000], source.view(-1, size)[places[:40_000]])
+    assert not sink[40_000 * size :].any()
 
 
 def test_a_copy_waits_for_no_other_stream() -> None:

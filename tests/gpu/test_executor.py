@@ -133,7 +133,7 @@ def logprobs(executor: TorchExecutor, token_ids: Sequence[int]) -> torch.Tensor:
     for position in range(len(token_ids)):
         spec = SampleSpec(SamplingParams(), 0, token_ids[: position + 1], 1)
         chunk = Chunk(RequestId("r"), [token_ids[position]], position, blocks, spec)
-        hidden = executor._forward([chunk], _no_marks(executor))
+        hidden = executor._forward([chunk], [1], _no_marks(executor))
         rows.append(executor._model.logits(hidden)[0].float().log_softmax(-1).clone())
     return torch.stack(rows)
 

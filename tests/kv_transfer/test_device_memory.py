@@ -2,6 +2,8 @@
 tests/gpu has what only a GPU can show."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
 from threading import Event
@@ -13,11 +15,11 @@ import torch
 from engine.errors import TransferError
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
-from kv_transfer.copy_stream import CopyStream, packed
+from kv_transfer.copy_stream import MAX_ROWS, CopyStream, Part, RowTable, _Slot, packed
 from kv_transfer.pull import Pull
 from kv_transfer.sink import SinkConfig
 from kv_transfer.source import SourceConfig
-from kv_transfer.transports import cuda_driver
+from kv_transfer.transports import cuda_driver, cuda_ipc
 from protos import transfer_pb2 as pb
 from tests.kv_transfer.pair import (
     FIRST_TOKEN,
@@ -147,6 +149,31 @@ async def test_announcements_of_what_no_cpu_touches_are_whole_and_carry_no_check
         assert said == announced
 
 
+async def test_what_was_announced_together_and_lies_together_is_copied_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, copied = CopyStream._submit, []
+
+    def note(self: CopyStream, *args: object) -> None:
+        copied.extend((args[-1].rows + args[-1].shift)[:, 2].tolist())
+        submit(self, *args)
+
+    monkeypatch.setattr(CopyStream, "_submit", note)
+    async with pair("loopback", memories=DEVICES, groups=(1, 2, 4)) as p:
+        lease_id, offer, blocks = p.open(30)
+        p.source.announce(lease_id, 1, 3)
+        p.source.finish(lease_id, FIRST_TOKEN, False)
+        await p.pull(offer, 30)
+        p.check(blocks, 30)
+        assert copied == [LAYOUT.block_bytes] * 8
+    copied.clear()
+    async with pair("loopback", memories=DEVICES, groups=(1, 2, 4), sink_layout=replace(LAYOUT, block_size=8)) as p:
+        lease_id, offer, blocks = p.open(30)
+        p.source.finish(lease_id, FIRST_TOKEN, False)
+        await p.pull(offer, 30)
+        p.check(blocks, 30)
+        assert sum(copied) == 8 * LAYOUT.block_bytes
+        assert len(copied) > 8
+
+
 async def test_what_comes_through_the_cpu_is_verified_before_it_reaches_the_device() -> None:
     config = SinkConfig(copy_threads=1)
     async with pair("tcp", memories=DEVICES, wrap=every(3, flip), sink_config=config) as p:
@@ -202,14 +229,14 @@ async def test_a_mapped_source_cannot_fill_host_memory() -> None:
 
 async def test_a_lease_that_ends_during_a_copy_fails_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, gate = Event(), Event()
-    run = CopyStream.run
+    run = CopyStream.run_parts
 
     def hold(self: CopyStream, *args: object) -> None:
         entered.set()
         assert gate.wait(10)
         run(self, *args)
 
-    monkeypatch.setattr(CopyStream, "run", hold)
+    monkeypatch.setattr(CopyStream, "run_parts", hold)
     async with pair(memories=DEVICES) as p:
         lease_id, offer, _ = p.open(8)
         p.source.finish(lease_id, FIRST_TOKEN, False)
@@ -271,6 +298,49 @@ def test_rows_that_reach_outside_are_never_copied() -> None:
     assert sink.tolist() == [0] * 28 + [60, 61, 62, 63]
 
 
+def test_parts_of_a_table_are_copied_with_their_shifts_and_never_outside() -> None:
+    random = np.random.default_rng(1)
+    source = torch.from_numpy(random.integers(0, 256, 640, np.uint8))
+    rows = np.stack([random.permutation(20) * 32, np.arange(20) * 32, np.zeros(20, np.int64)], axis=1)
+    table, stream = RowTable(rows), CopyStream(CPU)
+    sink, expected = torch.zeros(640, dtype=torch.uint8), torch.zeros(640, dtype=torch.uint8)
+    parts = [Part(table, 3, 5, (8, 16, 4)), Part(table, 7, 13, (0, 0, 8)), Part(table, 0, 0, (0, 0, 8))]
+    for part in parts:
+        for start, end, _ in rows[part.first : part.first + part.count].tolist():
+            from_, to, size = start + part.shift[0], end + part.shift[1], part.shift[2]
+            expected[to : to + size] = source[from_ : from_ + size]
+    stream.run_parts(source, sink, parts, Event())
+    assert torch.equal(sink, expected)
+    for first, count, shift in [(0, 21, (0, 0, 8)), (-1, 2, (0, 0, 8)), (0, 1, (0, 0, 33)), (0, 1, (-8, 0, 8))]:
+        with pytest.raises(AssertionError):
+            stream.run_parts(source, sink, [Part(table, first, count, shift)], Event())
+    assert torch.equal(sink, expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_a_kernel_moves_at_once_divides_everything(seed: int) -> None:
+    random = Random(seed)
+    for _ in range(100):
+        unit = random.choice([1, 2, 4, 8, 16, 32])
+        rows = np.array([[random.randrange(100) * unit for _ in range(3)] for _ in range(3)])
+        shift, addresses = ([random.randrange(100) * unit for _ in range(n)] for n in (3, 2))
+        found = Part(RowTable(rows), 0, 3, tuple(shift)).unit(*addresses)
+        assert found in (1, 2, 4, 8, 16)
+        assert not (rows + shift).ravel().any() or not ((rows + shift) % found).any()
+        assert not any(address % found for address in addresses)
+        assert found >= min(unit, 16), "no smaller than it need be"
+
+
+def test_rows_in_pinned_memory_are_not_overwritten_before_they_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, waits = _Slot.finish, []
+    monkeypatch.setattr(_Slot, "finish", lambda slot: (waits.append(True), finish(slot)))
+    slot = _Slot(CPU, None)
+    assert [slot.take(MAX_ROWS - 10), slot.take(4), slot.take(6)] == [0, MAX_ROWS - 10, MAX_ROWS - 6]
+    assert not waits
+    assert slot.take(1) == 0
+    assert waits == [True]
+
+
 def test_ranges_are_packed_without_gaps() -> None:
     source, stage = torch.arange(64, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)
     CopyStream(CPU).run(source, stage, packed([(60, 3), (5, 1), (9, 4)]), Event())
@@ -284,6 +354,75 @@ def test_after_a_stop_nothing_is_copied() -> None:
     with pytest.raises(TransferError, match="stopped"):
         CopyStream(CPU).run(torch.ones(4, dtype=torch.uint8), sink, np.array([(0, 0, 4)]), stop)
     assert not sink.any()
+
+
+def test_what_was_submitted_is_waited_for_also_when_more_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no more")
+
+    stream = CopyStream(CPU)
+    monkeypatch.setattr(CopyStream, "_submit", broken)
+    monkeypatch.setattr("kv_transfer.copy_stream._Slot.finish", lambda _: waited.append(True))
+    data = torch.zeros(4, dtype=torch.uint8)
+    for _ in range(3):  # and its slot is there for the next one
+        with pytest.raises(RuntimeError):
+            stream.run(data, data, np.array([(0, 0, 4)]), Event())
+    assert waited == [True] * 3
+
+
+class Driver:
+    """Stands for the CUDA driver: hands out one mapping at a time. `failing` names the calls that fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *failing: str) -> None:
+        self.failing = failing
+        self.num_mapped = 0
+        for name in ("context", "open_mapping", "allocation", "close_mapping"):
+            monkeypatch.setattr(cuda_driver, name, getattr(self, name))
+
+    def check(self, name: str) -> None:
+        if name in self.failing:
+            raise cuda_driver.CudaError(name)
+
+    @contextmanager
+    def context(self, _: int) -> Iterator[None]:
+        yield
+
+    def open_mapping(self, _: bytes) -> int:
+        self.check("open_mapping")
+        self.num_mapped += 1
+        return 1 << 20
+
+    def allocation(self, address: int) -> tuple[int, int]:
+        self.check("allocation")
+        return address, 4096
+
+    def close_mapping(self, _: int) -> None:
+        self.num_mapped -= 1
+        self.check("close_mapping")
+
+
+@pytest.mark.parametrize("failing", ["open_mapping", "allocation", "prove"])
+def test_memory_that_cannot_be_used_is_mapped_no_longer(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails is a TransferError: another transport may work."""
+    driver = Driver(monkeypatch, failing)
+
+    def unreadable(*_: object) -> None:
+        raise RuntimeError("torch cannot read it")
+
+    monkeypatch.setattr(cuda_ipc.CudaIpcReader, "prove", unreadable)
+    with pytest.raises(TransferError):
+        cuda_ipc.CudaIpcSink(torch.device("cuda:0")).connect("uuid:0:1024", bytes(128), 1024)
+    assert driver.num_mapped == 0
+
+
+def test_a_mapping_that_cannot_be_closed_harms_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Driver(monkeypatch, "close_mapping")
+    cuda_ipc.CudaIpcReader(0, bytes(64), 0, 1024).close()
+    assert "closing the mapping" in caplog.text
 
 
 def test_stages_are_lent_to_one_caller_at_a_time() -> None:
@@ -332,6 +471,22 @@ async def test_a_part_of_a_prompt_is_announced_once_it_is_worth_it(monkeypatch: 
             p.source.announce(lease_id, group, 2)
         await until(lambda: not p.untouched(except_blocks=others))
         assert not task.done()
+        p.source.finish(lease_id, FIRST_TOKEN, True)
+        await task
+        p.check(blocks, 18)
+
+
+async def test_the_last_group_travels_alone_and_does_not_wait_for_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StagedTransport, "worthwhile_bytes", 1 << 30)
+    async with pair("staged", memories=("device", "device")) as p:
+        lease_id, offer, blocks = p.open(18)
+        task = p.pull(offer, 18)
+        last = tokens(p.sink_memory)[:, 1:]  # as it is before
+        p.source.announce(lease_id, 0, LAYOUT.num_blocks_for(18))
+        await until(lambda: not p.untouched())
+        assert (tokens(p.sink_memory)[:, 1:] == last).all()
+        p.source.announce(lease_id, 1, LAYOUT.num_blocks_for(18))
+        await until(lambda: not (tokens(p.sink_memory)[:, 1:] == last).all())
         p.source.finish(lease_id, FIRST_TOKEN, True)
         await task
         p.check(blocks, 18)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from engine.errors import TransferError
 from kv_transfer.checksum import checksum
 from kv_transfer.sink import SinkConfig
 from kv_transfer.source import SourceConfig
-from kv_transfer.transports.base import Fetch, SinkTransport
+from kv_transfer.transports.base import Fetch, PieceReader, SinkTransport
 from tests.kv_transfer.pair import (
     FIRST_TOKEN,
     LAYOUT,
@@ -329,6 +330,66 @@ async def test_a_stopping_sink_ends_its_pulls() -> None:
         await p.sink.close()
         assert (await failure(task)).retryable
         await p.until_released()
+
+
+async def test_a_stopping_sink_waits_for_copies_that_run() -> None:
+    """Whoever has closed it may give the memory back."""
+    gates = []
+
+    def gate(inner: SinkTransport) -> SinkTransport:
+        gates.append(BlockingTransport(inner))
+        return gates[-1]
+
+    async with pair(wrap=gate) as p:
+        lease_id, offer, _ = p.open(30, 7)
+        task = p.pull(offer, 30)
+        (transport,) = gates
+        await until(transport.entered.is_set)
+        closing = asyncio.create_task(p.sink.close())
+        await p.until_released()
+        await asyncio.wait([closing], timeout=0.05)
+        assert not closing.done(), "a copy still runs"
+        transport.gate.set()
+        await closing
+        written = transport.num_written
+        assert task.done()
+        assert "closed" in str(await failure(task))
+        assert transport.num_written == written
+        assert [lease for lease, _ in p.released] == [lease_id]
+
+
+class LateTransport:
+    """Connects when the gate opens."""
+
+    name = "loopback"
+
+    def __init__(self, inner: SinkTransport) -> None:
+        self._inner = inner
+        self.gate = Event()
+        self.closed_by: list[Thread] = []
+
+    def connect(self, address: str, key: bytes, size: int) -> PieceReader:
+        assert self.gate.wait(10)
+        reader = self._inner.connect(address, key, size)
+        reader.close = lambda: self.closed_by.append(current_thread())
+        return reader
+
+
+async def test_a_reader_that_comes_too_late_is_closed_and_nobody_waits_for_that() -> None:
+    """To close one may take a second (NCCL), or as long as the device is busy (CUDA IPC)."""
+    late = []
+
+    def wrap(inner: SinkTransport) -> SinkTransport:
+        late.append(LateTransport(inner))
+        return late[-1]
+
+    async with pair(wrap=wrap, sink_config=SinkConfig(connect_s=0.1)) as p:
+        _, offer, _ = p.open(8)
+        assert "in time" in str(await failure(p.pull(offer, 8)))
+        (transport,) = late
+        transport.gate.set()
+        await until(lambda: len(transport.closed_by) == 1)
+        assert transport.closed_by[0] is not current_thread()
 
 
 async def test_the_deadline_of_a_pull_ends_it() -> None:

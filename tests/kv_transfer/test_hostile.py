@@ -424,6 +424,24 @@ def test_too_many_data_connections_are_turned_away_and_places_come_back(port: tu
     assert read_one(server, guard) == bytes(guard.memory.block(0))
 
 
+def test_a_data_port_outlives_a_shortage_of_threads(port: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, guard = port
+    start, refused = Thread.start, []
+
+    def short(thread: Thread) -> None:
+        if thread.name == "kv-send":
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(Thread, "start", short)
+    with pytest.raises(TransferError):
+        read_one(server, guard)
+    monkeypatch.undo()
+    assert len(refused) == 1
+    assert read_one(server, guard) == bytes(guard.memory.block(0))
+
+
 @pytest.mark.parametrize(
     "reply", [b"", b"x" * 8, b"\x00" * 12, wire.REPLY.pack(0, 3) + b"abc", wire.REPLY.pack(0, 2**63)]
 )

@@ -27,7 +27,7 @@ from kv_transfer.transports.nccl_communicator import Joiner
 from kv_transfer.transports.nccl_lane import STOP_S
 from kv_transfer.transports.nccl_server import NcclServer, cut
 from tests.gpu import nccl_peer
-from tests.kv_transfer.fake_nccl import FakeNccl
+from tests.kv_transfer.fake_nccl import FakeCommunicator, FakeNccl, FakeOperation
 
 CPU = torch.device("cpu")
 LAYOUT = KvLayout(4, 2, 8, 4, "float32")
@@ -194,6 +194,29 @@ class TestReading:
             read(reader, RUNS, "another lease")
         assert torch.equal(read(reader, RUNS), world.expected(RUNS))
         assert len(world.nccl.networks) == 1
+
+    def test_nothing_arrives_any_more_when_not_all_of_a_read_could_be_posted(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever it was that failed: the stage is used for something else at once."""
+        reader, network = world.connect(), world.nccl.networks[0]
+        receive, num_calls = FakeCommunicator.receive, 0
+
+        def broken(self: FakeCommunicator, buffer: torch.Tensor) -> FakeOperation:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == 2:
+                raise RuntimeError("no more")
+            return receive(self, buffer)
+
+        network.held = True
+        monkeypatch.setattr(FakeCommunicator, "receive", broken)
+        with pytest.raises(RuntimeError):
+            read(reader, RUNS)
+        assert network.aborted[0] == wire.SINK_RANK
+        monkeypatch.undo()
+        assert torch.equal(read(reader, RUNS), world.expected(RUNS))
+        assert len(world.nccl.networks) == 2
 
     def test_a_link_that_ends_takes_its_communicator_with_it(self, world: World) -> None:
         key = world.guard.new_link()

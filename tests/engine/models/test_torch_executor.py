@@ -219,8 +219,10 @@ def test_memory_is_measured_with_what_requests_may_ask_for(
 
 
 def test_layer_groups_cover_all_layers() -> None:
-    assert layer_group_ends(32, None) == (8, 16, 24, 32)
+    assert layer_group_ends(32, None) == (8, 16, 24, 30, 32)
+    assert layer_group_ends(18, None) == (4, 8, 12, 16, 17, 18)
     assert layer_group_ends(3, None) == (1, 2, 3)
+    assert layer_group_ends(1, None) == (1,)
     assert layer_group_ends(7, 3) == (3, 6, 7)
     assert layer_group_ends(2, 9) == (2,)
 
