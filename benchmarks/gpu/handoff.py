@@ -11,7 +11,9 @@ while --decodes sequences decode: their rate beside prefills that move KV agains
 import argparse
 import asyncio
 import contextlib
+import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -63,6 +65,7 @@ async def main() -> None:
                 async with load.decoding():
                     row |= await beside_decodes(load)
             rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)  # a run that is cut short has shown these
     show(args, None, COLUMNS, rows)
 
 
