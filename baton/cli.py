@@ -18,6 +18,7 @@ from rich.console import Console
 
 from baton.chat import chat_command
 from baton.demo import demo_command
+from baton.engine_command import engine_app
 from baton.generate import generate_command
 from cluster.run_dir import with_run_dir
 from cluster.spec import ClusterSpec, Role
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("chat")(chat_command)
 app.command("generate")(generate_command)
+app.add_typer(engine_app, name="engine")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry
 
 from baton.device import find_device
+from baton.segments import segment_loader
 from baton.tokenizer import checkpoint_tokenizer
 from baton.transports import server_transports, sink_transports
 from cluster.addresses import reachable_host
@@ -75,6 +76,8 @@ def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
         )
     from engine.executors.torch_executor import TorchConfig, TorchExecutor
 
+    num_threads = threads_per_worker(spec, pool.role, os.cpu_count() or 1)
+    load_segments = segment_loader(spec, pool, num_threads)
     config = TorchConfig(
         device=pool.device,
         load=spec.load,
@@ -88,10 +91,11 @@ def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
         max_model_len=spec.max_model_len,
         max_batch_tokens=pool.max_batch_tokens,
         max_num_seqs=pool.max_num_seqs,
-        num_threads=threads_per_worker(spec, pool.role, os.cpu_count() or 1),
+        num_threads=num_threads,
+        max_call_tokens=spec.tensorrt.max_tokens,
     )
     with spec_errors():
-        return TorchExecutor(resolve_model(spec.model, spec.load), config)
+        return TorchExecutor(resolve_model(spec.model, spec.load), config, load_segments=load_segments)
 
 
 def scheduler_config(pool: PoolSettings) -> SchedulerConfig:

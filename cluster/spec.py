@@ -83,6 +83,8 @@ Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Engine = Literal["torch", "simulated"]
+PoolEngine = Literal["torch", "auto", "tensorrt", "onnx", "simulated"]
+COMPILED: tuple[PoolEngine, ...] = ("auto", "tensorrt", "onnx")  # where the prefill pool alone may differ from torch
 KvDtype = Literal["auto", "fp8"]
 Load = Literal["auto", "dummy"]
 Transport = Literal["auto", "shared_memory", "tcp", "cuda_ipc", "nccl"]
@@ -116,7 +118,11 @@ class PoolSpec(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="CPU threads of each worker; null: this machine's cores shared among its workers"
     )
-    engine: Engine | None = Field(None, description="overrides engine")
+    engine: PoolEngine | None = Field(
+        None,
+        description="overrides engine; prefill may run compiled TensorRT engines (tensorrt; auto: where it can, else "
+        "torch), or for a check on the CPU the graphs that they are compiled from, by onnxruntime (onnx)",
+    )
     device: Device | None = Field(None, description="overrides device")
     gpu_memory_fraction: Fraction | None = Field(None, description="overrides gpu_memory_fraction")
     block_size: BlockSize | None = Field(None, description="overrides block_size")
@@ -166,6 +172,17 @@ class SimulatedSpec(Section):
     max_model_len: Count = Field(32_768, description="longest prompt plus output")
 
 
+class TensorRTSpec(Section):
+    cache_dir: FilePath | None = Field(
+        None, description="where compiled engines are kept; null: ~/.cache/baton/engines"
+    )
+    max_tokens: Count | None = Field(
+        None,
+        description="tokens that an engine computes at a time; a step with more is cut; "
+        "null: 2048, or scheduler.max_batch_tokens if that is less",
+    )
+
+
 class ClusterSpec(Section):
     model: str = Field(min_length=1, description="checkpoint: a directory or a Hugging Face hub id")
     name: str = Field(
@@ -193,6 +210,7 @@ class ClusterSpec(Section):
     decode: PoolSpec = Field(PoolSpec(), description="the decode pool")
     router: RouterSpec = Field(RouterSpec(), description="the HTTP front and router")
     transfer: TransferSpec = Field(TransferSpec(), description="how KV moves from prefill to decode")
+    tensorrt: TensorRTSpec = Field(TensorRTSpec(), description="compiled engines of prefill.engine")
     registry: str = Field(
         "file",
         pattern=REGISTRY_PATTERN,
@@ -221,9 +239,11 @@ class ClusterSpec(Section):
     def pool(self, role: Role, auto: FoundDevice = "cpu") -> "PoolSettings":
         """The pool with everything it inherits filled in. `auto` is what device `auto` turns out to be."""
         pool = self.prefill if role == "prefill" else self.decode
-        engine = pool.engine or self.engine
+        engine: PoolEngine = pool.engine or self.engine
         device = pool.device or self.device
-        found: FoundDevice = "cpu" if engine == "simulated" else auto if device == "auto" else device
+        if engine == "simulated" or (engine == "onnx" and device == "auto"):
+            device = "cpu"
+        found: FoundDevice = auto if device == "auto" else device
         steps = _overridden(self.scheduler, pool.scheduler)
         max_batch_tokens, max_num_seqs = step_limits(found, steps.max_batch_tokens, steps.max_num_seqs)
         kv_cache = _kv_cache(self.kv_cache, pool.kv_cache)
@@ -256,7 +276,7 @@ class PoolSettings:
     role: Role
     replicas: int
     threads: int | None
-    engine: Engine
+    engine: PoolEngine
     device: FoundDevice
     gpu_memory_fraction: float | None  # None: the worker has its GPU for itself
     block_size: int
@@ -322,13 +342,25 @@ def check_device(spec: ClusterSpec, pool: PoolSettings) -> Iterator[str]:
             f"transfer.transport: {transport!r} is not allowed where {pool.role} workers compute on device "
             f"{pool.device}; allowed: auto, tcp, or one for {pool.device}"
         )
-    if pool.device == "cpu" and pool.engine == "torch" and pool.kv_dtype == "fp8":
+    if pool.device == "cpu" and pool.engine == "tensorrt":
+        yield (
+            f"{pool.role}.engine: 'tensorrt' is not allowed on device cpu: TensorRT computes on NVIDIA GPUs; allowed: "
+            "torch, auto, or for a check onnx"
+        )
+    if pool.device == "cuda" and pool.engine == "onnx":
+        yield (
+            f"{pool.role}.engine: 'onnx' is not allowed on device cuda: it is for checking the TensorRT path on a CPU; "
+            "allowed: torch, auto, tensorrt, or device cpu"
+        )
+    if pool.device == "cpu" and pool.engine != "simulated" and pool.kv_dtype == "fp8":
         yield f"{pool.role}: kv_cache.dtype 'fp8' is not allowed on device cpu; allowed: auto, or device cuda"
 
 
 def _check_alike(prefill: PoolSettings, decode: PoolSettings) -> Iterator[str]:
     """What both pools must have in common, for a decode worker goes on with a prefill worker's KV."""
-    fields = (("engine", prefill.engine, decode.engine), ("kv_cache.dtype", prefill.kv_dtype, decode.kv_dtype))
+    fields: tuple[tuple[str, str, str], ...] = (("kv_cache.dtype", prefill.kv_dtype, decode.kv_dtype),)
+    if "simulated" in (prefill.engine, decode.engine):  # the others make the same KV
+        fields = (("engine", prefill.engine, decode.engine), *fields)
     for name, ours, theirs in fields:
         if ours != theirs:
             yield (
@@ -349,6 +381,10 @@ def _check_pool(spec: ClusterSpec, pool: PoolSettings) -> Iterator[str]:
             f"{pool.role}: kv_cache.num_blocks {blocks} is not allowed: one request of max_model_len "
             f"{spec.max_model_len} needs {-(-spec.max_model_len // pool.block_size)} blocks of {pool.block_size} tokens"
         )
+    if pool.engine in COMPILED and pool.role == "decode":
+        yield f"decode.engine: {pool.engine!r} is not allowed: engines are compiled for prefill only; allowed: torch"
+    if pool.engine in ("tensorrt", "onnx") and pool.kv_dtype == "fp8":
+        yield f"{pool.role}: kv_cache.dtype 'fp8' is not allowed with engine {pool.engine}; allowed: auto, or torch"
     if pool.engine == "simulated" and (spec.max_model_len or 0) > spec.simulated.max_model_len:
         yield (
             f"max_model_len: {spec.max_model_len} is not allowed with engine simulated; "

@@ -1,6 +1,7 @@
 """What a worker on a GPU is made of beside its weights: attention kernels, a KV pool as large as fits, CUDA graphs."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from engine.attention.base import AttentionBackend, Span
 from engine.attention.paged import PagedAttention
 from engine.executors.base import SampleSpec
 from engine.executors.cuda_graphs import CapturableAttention, DecodeGraphs
+from engine.executors.step_forward import StepForward
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
 from engine.layers.fp8 import FIRST_CAPABILITY
@@ -49,11 +51,14 @@ class Peak:
     step: int
 
 
+LayerMaker = Callable[[torch.Tensor, StepLimits], StepForward]  # over a KV pool, as it lies in memory
+
+
 def make_attention(
-    kv: torch.Tensor, model: CausalLM, dtype: torch.dtype, limits: StepLimits, kv_scales: KvScales | None
+    kv: torch.Tensor, model: CausalLM, limits: StepLimits, kv_scales: KvScales | None
 ) -> AttentionBackend:
     """FlashInfer where it is installed and has kernels, else PyTorch's own operators. Raises ValueError for FP8 KV."""
-    config = model.config
+    config, dtype = model.config, model.rotary.dtype
     capability = torch.cuda.get_device_capability(kv.device)
     if kv.dtype != dtype and capability < FIRST_CAPABILITY:
         needed, found = (".".join(map(str, numbers)) for numbers in (FIRST_CAPABILITY, capability))
@@ -95,7 +100,7 @@ def capture_graphs(
     return graphs
 
 
-def warm_up(model: CausalLM, attention: AttentionBackend, memory: DeviceMemory, max_tokens: int) -> None:
+def warm_up(model: CausalLM, layers: StepForward, memory: DeviceMemory, max_tokens: int) -> None:
     """Compile and load what steps of any size need, so that no request waits for it. Before there are requests."""
     layout = memory.layout
     for num_tokens in WARM_UP_TOKENS:
@@ -103,21 +108,26 @@ def warm_up(model: CausalLM, attention: AttentionBackend, memory: DeviceMemory, 
             prompt = [Span(0, num_tokens, range(layout.num_blocks_for(num_tokens)))]
             decodes = [Span(0, 1, (0,))] * num_tokens
             for spans in (prompt, decodes):
-                run_step(model, attention, spans, num_tokens, 1)
+                run_step(model, layers, spans, num_tokens, 1)
 
 
 def measure_peak(
-    model: CausalLM, layout: KvLayout, dtype: torch.dtype, limits: StepLimits, device: torch.device
+    model: CausalLM,
+    make_layers: LayerMaker,
+    layout: KvLayout,
+    limits: StepLimits,
+    device: torch.device,
+    held: int = 0,
 ) -> Peak:
     """Run the largest step, and one at the end of the longest sequence, over one KV block: its content does not matter.
 
-    Raises ValueError if that cannot be.
+    `held` bytes that PyTorch does not know of are kept as well. Raises ValueError if that cannot be.
     """
     try:
         torch.cuda.synchronize(device)
         kept = torch.cuda.memory_allocated(device)
         memory = DeviceMemory(layout, 1, device)
-        attention = make_attention(memory.kv(getattr(torch, layout.dtype)), model, dtype, limits, None)
+        layers = make_layers(memory.kv(getattr(torch, layout.dtype)), limits)
         torch.cuda.synchronize(device)
         own = torch.cuda.memory_allocated(device) - memory.tensor.numel()
         step = 0
@@ -126,7 +136,7 @@ def measure_peak(
             (last_tokens(layout, limits), 1),
         ):
             torch.cuda.reset_peak_memory_stats(device)
-            run_step(model, attention, spans, num_sampled, limits.max_model_len)
+            run_step(model, layers, spans, num_sampled, limits.max_model_len)
             torch.cuda.synchronize(device)
             step += torch.cuda.max_memory_allocated(device) - memory.tensor.numel() - own
     except torch.OutOfMemoryError as error:
@@ -136,10 +146,16 @@ def measure_peak(
             f"{kept / GIB:.1f} of the GPU's {total / GIB:.1f} GiB: lower scheduler.max_batch_tokens or "
             f"scheduler.max_num_seqs, or free memory on the GPU ({error})"
         ) from error
-    del attention
+    del layers
     memory.close()
     torch.cuda.empty_cache()
-    return Peak(own, step)
+    return Peak(own + max(0, held), step)
+
+
+def bytes_outside_pytorch(device: torch.device) -> int:
+    """Of the GPU's memory: what other libraries, CUDA and other processes have."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
 def num_blocks_that_fit(layout: KvLayout, peak: Peak, device: torch.device, fraction: float, least: int = 1) -> int:
@@ -189,13 +205,12 @@ def last_tokens(layout: KvLayout, limits: StepLimits) -> list[Span]:
 
 
 @torch.inference_mode()
-def run_step(model: CausalLM, attention: AttentionBackend, spans: list[Span], num_sampled: int, num_seen: int) -> None:
+def run_step(model: CausalLM, layers: StepForward, spans: list[Span], num_sampled: int, num_seen: int) -> None:
     """A step that samples `num_sampled` rows, if it has as many, in each way: for penalties after `num_seen` tokens."""
     device = model.model.embed_tokens.weight.device
     num_tokens = sum(span.num_tokens for span in spans)
     token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-    positions = torch.zeros(num_tokens, dtype=torch.float32, device=device)
-    hidden = model(token_ids, positions, attention.begin_step(spans, None))
+    hidden = layers.run(token_ids, spans, None, None)
     vocab = model.config.vocab_size
     num_rows = min(num_sampled, num_tokens)
     for specs in sampling_kinds(num_rows, vocab, num_seen):

@@ -21,7 +21,7 @@ class GroupMarks:
 
     @property
     def on_layer_written(self) -> Callable[[int], None] | None:
-        """For the attention backend, which calls it with each layer's index."""
+        """For what computes the layers, which calls it with each one's index."""
         return None if self._on_group_done is None else self._mark
 
     def wait(self) -> None:
@@ -30,12 +30,6 @@ class GroupMarks:
             event.synchronize()
             assert self._on_group_done is not None
             self._on_group_done(group)
-
-    def mark_all(self) -> None:
-        """After what does not tell layer by layer."""
-        if self._on_group_done is not None:
-            for layer in self._groups:
-                self._mark(layer)
 
     def _mark(self, layer: int) -> None:
         group = self._groups.get(layer)

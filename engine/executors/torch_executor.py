@@ -1,9 +1,10 @@
 """The executor that runs a Hugging Face checkpoint in PyTorch, on the CPU or on one GPU.
 
-Owns the model, the KV memory and the attention backend of one worker. A worker loop makes all calls from one thread;
-nothing about a request is kept between steps except its KV and the tokens sampled last. On the CPU a step is over
-when `submit` returns. On CUDA it is queued there and `result` waits for it, so that two steps can be in flight, and
-nothing in between waits for the device. Decode steps replay CUDA graphs, others are queued operation by operation.
+Owns the model, the KV memory and what computes the layers of one worker: PyTorch, or segments outside it that a
+loader makes. A worker loop makes all calls from one thread; nothing about a request is kept between steps except its KV
+and the tokens sampled last. On the CPU a step is over when `submit` returns. On CUDA it is queued there and `result`
+waits for it, so that two steps can be in flight, and nothing in between waits for the device. Decode steps replay CUDA
+graphs, others are queued operation by operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.attention.base import AttentionBackend, Span
+from engine.attention.base import Span
 from engine.attention.paged import PagedAttention
 from engine.executors.base import Batch, Chunk, FinishedStep, PendingStep, TokenLogprobs
-from engine.executors.cuda_graphs import DecodeGraphs
 from engine.executors.cuda_setup import (
+    LayerMaker,
     StepLimits,
+    bytes_outside_pytorch,
     capture_graphs,
     make_attention,
     make_pool,
@@ -32,6 +34,10 @@ from engine.executors.cuda_setup import (
 from engine.executors.host_pool import available_memory, check_memory
 from engine.executors.model_loading import Loaded, choose_dtype, load, load_model
 from engine.executors.queued_step import GroupMarks, QueuedStep, step_result
+from engine.executors.step_forward import StepForward, TorchForward
+from engine.executors.tensorrt.forward import PrefillForward
+from engine.executors.tensorrt.limits import call_limits
+from engine.executors.tensorrt.segment import SegmentLoader
 from engine.kv.layout import ITEM_SIZES, KvLayout
 from engine.kv.memory import HostMemory, KvMemory
 from engine.model_config import ModelConfig, load_model_config, with_quantization
@@ -55,6 +61,7 @@ class TorchConfig:
     free beside the largest step (`max_batch_tokens`, `max_num_seqs`) within `gpu_memory_fraction` of the GPU.
     `max_model_len` None is the most that the model and the blocks allow. `layers_per_group` None is about a quarter of
     the layers. `num_threads` None leaves PyTorch's setting, which belongs to the whole process, as it is.
+    `max_call_tokens`: what a segment outside PyTorch computes in one call; None: a default.
     """
 
     device: str = "cpu"
@@ -72,6 +79,7 @@ class TorchConfig:
     cuda_graphs: bool = True
     layers_per_group: int | None = None
     num_threads: int | None = None
+    max_call_tokens: int | None = None
 
 
 class TorchExecutor:
@@ -80,7 +88,14 @@ class TorchExecutor:
     memory: KvMemory
     max_model_len: int
 
-    def __init__(self, path: Path, config: TorchConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: TorchConfig,
+        progress: Progress | None = None,
+        load_segments: SegmentLoader | None = None,
+    ) -> None:
+        """`load_segments` gives what computes the layers in PyTorch's place."""
         if config.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, not {config.device!r}")
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -106,22 +121,27 @@ class TorchExecutor:
                 check_memory(self.layout, num_blocks, available_memory() - weight_bytes)
         loaded = load(path, model_config, dtype, self._device, dummy=is_dummy, progress=progress)
         self._model, self.model_hash = loaded.model, loaded.model_hash
-        self._attention: AttentionBackend
-        self._graphs: DecodeGraphs | None = None
+        self._layers: StepForward
         if num_blocks is not None and config.device == "cpu":
-            self._use_host(num_blocks)
+            self._use_host(num_blocks, config, loaded, load_segments)
         else:
-            self._use_gpu(num_blocks, config, loaded, getattr(torch, dtype))
+            self._use_gpu(num_blocks, config, loaded, load_segments)
         # By each chunk of the step submitted last; of those that sample nothing, anything.
         self._sampled = torch.empty(0, dtype=torch.int64, device=self._device)
 
-    def _use_host(self, num_blocks: int) -> None:
+    def _use_host(
+        self, num_blocks: int, config: TorchConfig, loaded: Loaded, load_segments: SegmentLoader | None
+    ) -> None:
         self.max_in_flight = 1
+        limits = StepLimits(config.max_batch_tokens, config.max_num_seqs, self.max_model_len, max_graph_rows=0)
+        make_layers = self._layer_maker(loaded, limits, config.max_call_tokens, load_segments)
         self.memory = memory = HostMemory(self.layout, num_blocks)
         kv = torch.frombuffer(memory.buffer, dtype=getattr(torch, self.layout.dtype))
-        self._attention = PagedAttention(kv.view(self.layout.shape(num_blocks)))
+        self._layers = make_layers(kv.view(self.layout.shape(num_blocks)), limits)
 
-    def _use_gpu(self, num_blocks: int | None, config: TorchConfig, loaded: Loaded, dtype: torch.dtype) -> None:
+    def _use_gpu(
+        self, num_blocks: int | None, config: TorchConfig, loaded: Loaded, load_segments: SegmentLoader | None
+    ) -> None:
         self.max_in_flight = 2
         model, device = loaded.model, self._device
         limits = StepLimits(
@@ -130,7 +150,9 @@ class TorchExecutor:
             max_model_len=config.max_model_len or model.config.max_position_embeddings,
             max_graph_rows=config.max_num_seqs if config.cuda_graphs else 0,
         )
-        peak = measure_peak(model, self.layout, dtype, limits, device)
+        before = bytes_outside_pytorch(device)
+        make_layers = self._layer_maker(loaded, limits, config.max_call_tokens, load_segments)
+        peak = measure_peak(model, make_layers, self.layout, limits, device, bytes_outside_pytorch(device) - before)
         if num_blocks is None:
             num_blocks = num_blocks_that_fit(self.layout, peak, device, config.gpu_memory_fraction)
             self.max_model_len = choose_max_model_len(config, model.config, num_blocks)
@@ -140,14 +162,33 @@ class TorchExecutor:
         limits = replace(limits, max_model_len=self.max_model_len)
         kv = memory.kv(getattr(torch, self.layout.dtype))
         try:
-            self._attention = make_attention(kv, model, dtype, limits, loaded.kv_scales)
-            warm_up(model, self._attention, memory, min(limits.max_batch_tokens, limits.max_model_len))
-            self._graphs = capture_graphs(model, self._attention, limits.max_graph_rows, spare_block=num_blocks)
+            self._layers = layers = make_layers(kv, limits)
+            warm_up(model, layers, memory, min(limits.max_batch_tokens, limits.max_model_len))
+            if isinstance(layers, TorchForward):
+                graphs = capture_graphs(model, layers.attention, limits.max_graph_rows, spare_block=num_blocks)
+                layers.graphs = graphs
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"no memory for attention and CUDA graphs beside {memory.size / 2**30:.1f} GiB of KV: lower "
                 f"kv_cache.memory, kv_cache.num_blocks or gpu_memory_fraction, or free memory on the GPU ({error})"
             ) from error
+
+    def _layer_maker(
+        self, loaded: Loaded, limits: StepLimits, max_call_tokens: int | None, load_segments: SegmentLoader | None
+    ) -> LayerMaker:
+        model = loaded.model
+        if load_segments is not None:
+            if getattr(torch, self.layout.dtype) != model.rotary.dtype:
+                raise ValueError(f"kv_cache.dtype {self.layout.dtype} is for engine torch")
+            calls = call_limits(
+                self.layout, self._device.type, limits.max_batch_tokens, limits.max_model_len, max_call_tokens
+            )
+            segments = load_segments(loaded, self.layer_groups, calls)
+            if segments is not None:
+                return lambda kv, limits: PrefillForward(model, kv, segments, calls, limits.max_batch_tokens)
+        if self._device.type == "cpu":
+            return lambda kv, _limits: TorchForward(model, PagedAttention(kv))
+        return lambda kv, limits: TorchForward(model, make_attention(kv, model, limits, loaded.kv_scales))
 
     @torch.inference_mode()
     def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> PendingStep:
@@ -167,7 +208,7 @@ class TorchExecutor:
         """Give weights and KV memory back; nothing else may be called afterwards."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        for name in ("_graphs", "_attention", "_model", "_sampled"):
+        for name in ("_layers", "_model", "_sampled"):
             self.__dict__.pop(name, None)
         self.memory.close()
 
@@ -175,16 +216,8 @@ class TorchExecutor:
         """Hidden states before the final norm of the last `num_rows` tokens of each chunk [rows, hidden_size]."""
         spans = [Span(chunk.start, len(chunk.token_ids), chunk.block_ids) for chunk in chunks]
         token_ids = self._token_ids(chunks)
-        positions = to_device(positions_of(spans), self._device)
-        hidden: Tensor
-        if self._graphs is not None and self._graphs.fit(spans):
-            hidden = self._graphs.run(token_ids, positions, spans)
-            marks.mark_all()
-            return hidden
-        attention = self._attention.begin_step(spans, marks.on_layer_written)
         rows = last_rows([span.num_tokens for span in spans], num_rows)
-        hidden = self._model(token_ids, positions, attention, None if rows is None else to_device(rows, self._device))
-        return hidden
+        return self._layers.run(token_ids, spans, rows, marks.on_layer_written)
 
     def _token_ids(self, chunks: Sequence[Chunk]) -> Tensor:
         """[num_tokens]; those that the step before samples are taken from where it puts them."""
@@ -232,13 +265,6 @@ class TorchExecutor:
                     of_chunk += prompt_logprobs(logits, following, chunk.prompt_logprobs)
             found.append(of_chunk)
         return found
-
-
-def positions_of(spans: Sequence[Span]) -> NDArray[np.float32]:
-    """[num_tokens]"""
-    if all(span.num_tokens == 1 for span in spans):
-        return np.array([span.start for span in spans], dtype=np.float32)
-    return np.concatenate([np.arange(span.start, span.start + span.num_tokens, dtype=np.float32) for span in spans])
 
 
 def rows_needed(chunks: Sequence[Chunk]) -> list[int]:

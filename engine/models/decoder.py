@@ -86,10 +86,7 @@ class CausalLM(nn.Module):
         With `rows` only theirs, at least one: the last layer then spares the others all but their keys and values.
         """
         rotation = self.rotary.rotation(positions)
-        hidden: Tensor = self.model.embed_tokens(token_ids)
-        if self.embedding_scale is not None:
-            # Rounded to the model's type first, as in training.
-            hidden *= torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()
+        hidden = self.embed(token_ids)
         delta: Tensor | None = None
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
@@ -100,6 +97,14 @@ class CausalLM(nn.Module):
             delta = layer.feed_forward(hidden, attended)
         assert delta is not None, "a model without layers"
         return hidden.add_(delta)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids [num_tokens] -> what the first layer is given [num_tokens, hidden_size]"""
+        hidden: Tensor = self.model.embed_tokens(token_ids)
+        if self.embedding_scale is not None:
+            # Rounded to the model's type first, as in training.
+            hidden *= torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()
+        return hidden
 
     def attention_layers(self) -> list[AttentionLayer]:
         return [module.layer for module in self.modules() if isinstance(module, SelfAttention)]

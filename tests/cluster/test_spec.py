@@ -46,6 +46,23 @@ def test_a_model_alone_is_a_whole_cluster(tmp_path: Path) -> None:
         ({"decode": {"replicas": 0}}, ["decode.replicas", "0", "at least 1"]),
         ({"transfer": {"lease_s": 2, "silence_s": 2}}, ["transfer.lease_s", "2", "more than transfer.silence_s"]),
         ({"prefill": {"engine": "simulated"}}, ["prefill.engine", "'simulated'", "decode.engine", "'torch'"]),
+        ({"prefill": {"engine": "onxx"}}, ["prefill.engine", "'onxx'", "torch, auto, tensorrt, onnx, simulated"]),
+        ({"decode": {"engine": "tensorrt"}}, ["decode.engine", "'tensorrt'", "compiled for prefill only", "torch"]),
+        ({"decode": {"engine": "auto"}}, ["decode.engine", "'auto'", "compiled for prefill only", "torch"]),
+        (
+            {"prefill": {"engine": "tensorrt", "device": "cpu"}},
+            ["prefill.engine", "'tensorrt'", "device cpu", "NVIDIA GPUs", "onnx"],
+        ),
+        ({"prefill": {"engine": "onnx", "device": "cuda"}}, ["prefill.engine", "'onnx'", "device cuda", "tensorrt"]),
+        (
+            {"kv_cache": {"dtype": "fp8"}, "device": "cuda", "prefill": {"engine": "tensorrt"}},
+            ["prefill", "kv_cache.dtype 'fp8'", "engine tensorrt", "auto"],
+        ),
+        (
+            {"engine": "simulated", "prefill": {"engine": "tensorrt"}},
+            ["prefill.engine", "'tensorrt'", "decode.engine", "'simulated'"],
+        ),
+        ({"tensorrt": {"max_tokens": 0}}, ["tensorrt.max_tokens", "0", "from 1", "or null"]),
         (
             {"scheduler": {"max_batch_tokens": 512}, "decode": {"scheduler": {"max_num_seqs": 999}}},
             ["decode", "max_num_seqs 999", "max_batch_tokens", "512"],
@@ -100,6 +117,18 @@ def test_an_address_beyond_loopback_needs_a_token(fields: dict[str, dict[str, st
     assert all(field in problem and "security.token_file" in problem for problem in found)
     security = fields.get("security", {}) | {"token_file": "/secret"}
     parse_spec({"model": "tiny"} | fields | {"security": security})
+
+
+def test_prefill_may_run_compiled_engines_beside_a_torch_decode_pool() -> None:
+    spec = parse_spec({"model": "tiny", "prefill": {"engine": "auto"}, "tensorrt": {"cache_dir": "/engines"}})
+    assert (spec.pool("prefill").engine, spec.pool("decode").engine) == ("auto", "torch")
+    assert spec.tensorrt.cache_dir == "/engines"
+    assert list(check_device(spec, spec.pool("prefill", "cpu"))) == []
+
+
+def test_graphs_in_onnxruntime_are_for_the_cpu_also_where_there_is_a_gpu() -> None:
+    spec = parse_spec({"model": "tiny", "prefill": {"engine": "onnx"}})
+    assert (spec.pool("prefill", "cuda").device, spec.pool("decode", "cuda").device) == ("cpu", "cuda")
 
 
 def test_a_pool_inherits_what_it_does_not_name() -> None:

@@ -81,7 +81,7 @@ def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     shape = REAL_HEADS if dtype == "bfloat16" else {}
     path = make_checkpoint(tmp_path_factory.mktemp(family), family, tokenizer=False, **shape)
     executor = gpu(path, dtype=dtype, block_size=8, num_blocks=64)
-    assert (executor._graphs is not None) == (dtype == "bfloat16")
+    assert (executor._layers.graphs is not None) == (dtype == "bfloat16")
     yield executor
     executor.close()
 
@@ -152,7 +152,7 @@ def test_graphs_give_the_tokens_of_a_run_without_them(tmp_path: Path, family: st
     found = []
     for cuda_graphs in (True, False):
         executor = gpu(path, dtype="bfloat16", cuda_graphs=cuda_graphs)
-        assert (executor._graphs is not None) == cuda_graphs
+        assert (executor._layers.graphs is not None) == cuda_graphs
         greedy_tokens = generate(executor, prompts, 40, max_batch_tokens=512)
         found.append((greedy_tokens, generate(executor, prompts, 40, 512, temperature=1.0, top_p=0.9)))
         executor.close()

@@ -212,7 +212,7 @@ def test_memory_is_measured_with_what_requests_may_ask_for(
         sample(logits, specs, positions)
 
     monkeypatch.setattr(cuda_setup, "sample", noting)
-    cuda_setup.run_step(executor._model, executor._attention, [Span(0, 9, range(3))], 4, 1000)
+    cuda_setup.run_step(executor._model, executor._layers, [Span(0, 9, range(3))], 4, 1000)
     assert {spec.params.greedy for spec in sampled} == {True, False}
     everything = [spec for spec in sampled if spec.params.has_penalties and spec.params.logprobs == MAX_LOGPROBS]
     assert [len(spec.token_ids) for spec in everything] == [1000] * 3
