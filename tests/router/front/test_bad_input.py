@@ -159,7 +159,8 @@ async def test_a_bad_body_is_refused_and_names_the_field(
             assert answer["error"]["param"] == param, (shown, answer)
             assert len(answer["error"]["message"]) < 400, shown
             assert "x-request-id" in headers
-            assert spent < 0.5, (shown, spent)
+            # Nothing quadratic: a fifth of a second, and what collecting a whole test run's garbage may add.
+            assert spent < 3, (shown, spent)
         assert not server.generator.streams
         await still_serves(server)
 
