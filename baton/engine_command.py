@@ -137,7 +137,7 @@ def build(
         from engine.executors.tensorrt.engine_build import check_target
         from engine.executors.tensorrt.engine_cache import EngineCache, default_directory
         from engine.executors.tensorrt.library import Capability
-        from engine.executors.tensorrt.prepare import EngineOptions, HashedModel, prepare_ranges
+        from engine.executors.tensorrt.prepare import EngineOptions, prepare_ranges
 
         wanted = None if capability is None else Capability.parse(capability)
         library = library_for(wanted)
@@ -151,8 +151,7 @@ def build(
         cache = EngineCache(output or (Path(asked.cache_dir).expanduser() if asked.cache_dir else default_directory()))
         console.print(f"{library.title}, {sizes_text(profile)}", markup=False)
         with engine_bar(console) as tell:
-            hashed = HashedModel(loaded.model, loaded.model_hash)
-            prepared = prepare_ranges(hashed, ends, options, library, cache, tell)
+            prepared = prepare_ranges(loaded, ends, options, library, cache, tell)
         for _first, _end, path in prepared:
             typer.echo(path)
 
@@ -207,14 +206,14 @@ def refit(
     with reported_errors(console):
         from engine.executors.tensorrt.engine_cache import EngineCache, read_engine
         from engine.executors.tensorrt.library import Capability
-        from engine.executors.tensorrt.prepare import HashedModel, range_name, refit_file
+        from engine.executors.tensorrt.prepare import range_name, refit_file
 
         key = read_engine(engine).key
         library = library_for(Capability.parse(key.capability))
         loaded = load_layers(Asked(checkpoint, dtype=key.dtype), console)
         cache = EngineCache(output or engine.parent)
         with console.status(range_name(key.first_layer, key.end_layer)):
-            refitted = refit_file(engine, HashedModel(loaded.model, loaded.model_hash), library, cache)
+            refitted = refit_file(engine, loaded, library, cache)
         typer.echo(refitted.path)
 
 

@@ -18,7 +18,6 @@ from engine.executors.tensorrt.library import Library
 from engine.executors.tensorrt.onnx_check import GraphMismatch
 from engine.executors.tensorrt.prepare import (
     EngineOptions,
-    HashedModel,
     Progress,
     export_checked,
     prepare_ranges,
@@ -69,8 +68,7 @@ class TensorRTLoader:
 
     def __call__(self, loaded: Loaded, layer_groups: Sequence[int], limits: CallLimits, /) -> list[Segment]:
         options = EngineOptions(profile_of(limits))
-        hashed = HashedModel(loaded.model, loaded.model_hash)
-        prepared = prepare_ranges(hashed, layer_groups, options, self.library, self.cache, self.progress)
+        prepared = prepare_ranges(loaded, layer_groups, options, self.library, self.cache, self.progress)
         free_layers(loaded.model)
         torch.cuda.empty_cache()  # engines allocate their weights outside PyTorch
         queue, scratch = CudaQueue(self.device), Scratch(self.device)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from xxhash import xxh3_128
 
+from engine.executors.model_loading import Loaded
 from engine.executors.tensorrt.engine_build import (
     BuildOptions,
     EngineBuildError,
@@ -29,7 +30,6 @@ from engine.executors.tensorrt.library import Capability, Library, gpu_capabilit
 from engine.executors.tensorrt.onnx_check import check_range
 from engine.executors.tensorrt.onnx_export import export_range
 from engine.model_config import ModelConfig
-from engine.models.decoder import CausalLM
 
 TIMINGS = "timings"
 # Of a range's time, about: what the export and its check have taken when compiling begins.
@@ -72,15 +72,8 @@ class PreparedRange(NamedTuple):
     path: Path
 
 
-class HashedModel(NamedTuple):
-    """A model and what it is equal by: `engine.weights.model_hash` of its files."""
-
-    model: CausalLM
-    model_hash: str
-
-
 def prepare_ranges(
-    hashed: HashedModel,
+    loaded: Loaded,
     layer_groups: Sequence[int],
     options: EngineOptions,
     library: Library,
@@ -94,8 +87,8 @@ def prepare_ranges(
     prepared: list[PreparedRange] = []
     for index, (first, end) in enumerate(ranges(layer_groups)):
         stage = Stage(range_name(first, end), index, len(layer_groups), progress)
-        layers = LayerRange(hashed.model, first, end)
-        key = range_key(layers, hashed.model_hash, options, library)
+        layers = LayerRange(loaded.model, first, end)
+        key = range_key(layers, loaded.model_hash, options, library)
         try:
             path = cache.find(key) or cache.get(
                 key,
@@ -206,19 +199,19 @@ def graph_hash(config: ModelConfig, first: int, end: int) -> str:
     return xxh3_128(json.dumps(constants, sort_keys=True).encode()).hexdigest()
 
 
-def refit_file(path: Path, hashed: HashedModel, library: Library, cache: EngineCache) -> PreparedRange:
+def refit_file(path: Path, loaded: Loaded, library: Library, cache: EngineCache) -> PreparedRange:
     """The engine in the file `path` with the weights of another model, as a new file in the cache.
 
     Only weights may differ. Raises EngineFileError, GraphMismatch, and EngineBuildError, which says what else differs.
     """
     file = read_engine(path)
     first, end = file.key.first_layer, file.key.end_layer
-    if end > hashed.model.config.num_layers:
-        raise EngineBuildError(f"{path.name} has layers up to {end - 1}, the model {hashed.model.config.num_layers}")
-    layers = LayerRange(hashed.model, first, end)
+    if end > loaded.model.config.num_layers:
+        raise EngineBuildError(f"{path.name} has layers up to {end - 1}, the model {loaded.model.config.num_layers}")
+    layers = LayerRange(loaded.model, first, end)
     key = replace(
         file.key,
-        model_hash=hashed.model_hash,
+        model_hash=loaded.model_hash,
         graph=graph_hash(layers.config, first, end),
         dtype=dtype_of(layers),
         quantization=quantization_of(layers),

@@ -10,7 +10,7 @@ from engine.executors.tensorrt.calls import CallLimits, ladder
 from engine.executors.tensorrt.engine_cache import EngineCache, write_engine
 from engine.executors.tensorrt.layer_range import LayerRange
 from engine.executors.tensorrt.loading import TensorRTLoader, profile_of
-from engine.executors.tensorrt.prepare import EngineOptions, HashedModel, PreparedRange, range_key, ranges
+from engine.executors.tensorrt.prepare import EngineOptions, PreparedRange, range_key, ranges
 from engine.executors.tensorrt.trt_segment import TensorRTSegment
 from engine.model_config import load_model_config
 from tests.engine.tensorrt.fake_runtime import Device, FakeQueue, fake_library, make_plan
@@ -43,7 +43,7 @@ def loader(
     graphs = exported("llama").export(loaded, (1, 2))
 
     def prepared(
-        hashed: HashedModel,
+        loaded: Loaded,
         layer_groups: Sequence[int],
         options: EngineOptions,
         library: object,
@@ -52,7 +52,7 @@ def loader(
     ) -> list[PreparedRange]:
         found = []
         for graph, (first, end) in zip(graphs, ranges(layer_groups), strict=True):
-            key = range_key(LayerRange(hashed.model, first, end), hashed.model_hash, options, library)  # type: ignore[arg-type]
+            key = range_key(LayerRange(loaded.model, first, end), loaded.model_hash, options, library)  # type: ignore[arg-type]
             write_engine(cache.path(key), key, make_plan(graph, options.profile))
             found.append(PreparedRange(first, end, cache.path(key)))
         return found

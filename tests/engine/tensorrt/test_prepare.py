@@ -17,7 +17,6 @@ from engine.executors.tensorrt.library import Capability, Library
 from engine.executors.tensorrt.onnx_check import GraphMismatch
 from engine.executors.tensorrt.prepare import (
     EngineOptions,
-    HashedModel,
     PreparedRange,
     graph_hash,
     prepare_ranges,
@@ -34,12 +33,12 @@ Prepare = Callable[..., list[PreparedRange]]
 
 
 @pytest.fixture(scope="module")
-def models(make_model: MakeModel) -> dict[str, HashedModel]:
+def models(make_model: MakeModel) -> dict[str, Loaded]:
     """Float16 models of two layers: two that differ in weights, and one of another graph."""
 
-    def make(**overrides: Any) -> HashedModel:
+    def make(**overrides: Any) -> Loaded:
         loaded: Loaded = make_model("llama", "float16", intermediate_size=128, **overrides)
-        return HashedModel(loaded.model, loaded.model_hash)
+        return loaded
 
     return {"base": make(seed=0), "tuned": make(seed=1), "other": make(rms_norm_eps=1e-3)}
 
@@ -71,12 +70,12 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forbid
 
 
-def weight_bytes(hashed: HashedModel, first: int, end: int) -> dict[str, bytes]:
-    return {name: read().numpy().tobytes() for name, read in LayerRange(hashed.model, first, end).weights().items()}
+def weight_bytes(loaded: Loaded, first: int, end: int) -> dict[str, bytes]:
+    return {name: read().numpy().tobytes() for name, read in LayerRange(loaded.model, first, end).weights().items()}
 
 
 def test_each_group_becomes_an_engine_that_the_next_start_finds(
-    models: dict[str, HashedModel], cache: EngineCache, no_export: Callable[[], None]
+    models: dict[str, Loaded], cache: EngineCache, no_export: Callable[[], None]
 ) -> None:
     rtx = Library(pytest.importorskip("tensorrt_rtx_bindings"))
     said: list[tuple[str, float]] = []
@@ -98,7 +97,7 @@ STAGES = ("exporting", "checking", "compiling", "ready")
 
 
 def test_a_graph_that_computes_something_else_is_never_compiled(
-    models: dict[str, HashedModel], cache: EngineCache, tensorrt: Library, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Loaded], cache: EngineCache, tensorrt: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check is the real one: the graph is of another model."""
     export = prepare.export_range
@@ -114,17 +113,15 @@ def test_what_cannot_be_compiled_is_refused_before_the_export(
 ) -> None:
     no_export()
     loaded = make_model("llama", "float32")
-    hashed = HashedModel(loaded.model, loaded.model_hash)
     with pytest.raises(EngineBuildError, match=r"^layers 0 to 1: TensorRT has no attention kernel for float32"):
-        prepare_ranges(hashed, (2,), EngineOptions(PROFILE), tensorrt, cache)
+        prepare_ranges(loaded, (2,), EngineOptions(PROFILE), tensorrt, cache)
     loaded = make_model("llama", "float16")
-    hashed = HashedModel(loaded.model, loaded.model_hash)
     with pytest.raises(EngineBuildError, match=r"^layers 0 to 1: TensorRT 11\.4\.0 compiles for the GPU it finds"):
-        prepare_ranges(hashed, (2,), AHEAD, tensorrt, cache)
+        prepare_ranges(loaded, (2,), AHEAD, tensorrt, cache)
 
 
 def test_a_refitted_engine_has_the_new_weights_and_serves_the_new_model(
-    models: dict[str, HashedModel], cache: EngineCache, tensorrt: Library, no_export: Callable[[], None]
+    models: dict[str, Loaded], cache: EngineCache, tensorrt: Library, no_export: Callable[[], None]
 ) -> None:
     [base] = prepare_ranges(models["base"], (1,), REFITTABLE, tensorrt, cache)
     tuned = refit_file(base.path, models["tuned"], tensorrt, cache)
@@ -142,14 +139,14 @@ def test_a_refitted_engine_has_the_new_weights_and_serves_the_new_model(
 
 
 def test_only_weights_may_differ_in_a_refit(
-    models: dict[str, HashedModel], cache: EngineCache, tensorrt: Library, make_model: MakeModel
+    models: dict[str, Loaded], cache: EngineCache, tensorrt: Library, make_model: MakeModel
 ) -> None:
     layers = LayerRange(models["base"].model, 0, 2)
     key = prepare.range_key(layers, models["base"].model_hash, REFITTABLE, tensorrt)
     shorter = make_model("llama", "float16", num_hidden_layers=1)
     for changed, model, message in (
         (key, models["other"], "its graph is"),
-        (key, HashedModel(shorter.model, shorter.model_hash), "has layers up to 1, the model 1"),
+        (key, shorter, "has layers up to 1, the model 1"),
         (replace(key, dtype="bfloat16"), models["tuned"], "its dtype is 'bfloat16', and not 'float16'"),
         (replace(key, quantization="fp8"), models["tuned"], "its quantization is 'fp8', and not ''"),
         (replace(key, version="10.9.0"), models["tuned"], r"its version is '10\.9\.0', and not '11\.4\.0'"),
@@ -166,7 +163,7 @@ def write(cache: EngineCache, key: EngineKey) -> Path:
     return path
 
 
-def test_the_hash_of_a_graph_tells_constants_apart_and_not_the_rest(models: dict[str, HashedModel]) -> None:
+def test_the_hash_of_a_graph_tells_constants_apart_and_not_the_rest(models: dict[str, Loaded]) -> None:
     config = models["base"].model.config
     own = graph_hash(config, 0, 1)
     for other in (
