@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from engine.engine import Engine
-from engine.executors.base import Batch, Sampled, StepResult
+from engine.executors.base import Batch, FinishedStep, Sampled, StepResult
 from engine.kv.layout import KvLayout
 from engine.kv.memory import HostMemory
 from engine.request import Request, RequestId, SamplingParams
@@ -31,15 +31,16 @@ class NullExecutor:
         self.max_model_len = 1 << 20
         self.eos_token_ids = (2,)
         self.model_hash = "null"
+        self.max_in_flight = 1
         self.seconds = 0.0
 
-    def step(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> StepResult:  # noqa: ARG002
+    def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> FinishedStep:  # noqa: ARG002
         started = time.perf_counter()
         result = StepResult(
             [None if chunk.sample is None else Sampled(5) for chunk in batch.chunks], [None] * len(batch.chunks)
         )
         self.seconds += time.perf_counter() - started
-        return result
+        return FinishedStep(result)
 
     def close(self) -> None:
         self.memory.close()

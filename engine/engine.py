@@ -23,6 +23,7 @@ from engine.kv.layout import BlockId
 from engine.request import SEED_MASK, FinishReason, Request, RequestId
 from engine.scheduler import Plan, Scheduler, SchedulerConfig
 from engine.sequence import Sequence as Running
+from engine.step_model import StepWork, num_pairs
 
 PENDING = (0,)  # stands for a token that only the device knows
 
@@ -67,6 +68,7 @@ class EngineLoad:
     num_waiting: int
     num_free_blocks: int  # free or evictable
     num_waiting_tokens: int  # not yet computed, of prompts and of preempted sequences
+    queued: StepWork  # what computing those takes, tokens that were cached when they came left out
 
 
 class Engine:
@@ -213,12 +215,18 @@ class Engine:
 
     def load(self) -> EngineLoad:
         running = self._scheduler.running
-        lacking = (sequence.num_tokens - sequence.num_computed_tokens for sequence in running)
+        lacking = [(each.num_tokens - each.num_computed_tokens, each.num_computed_tokens) for each in running]
+        lacking = [(num_tokens, past) for num_tokens, past in lacking if num_tokens > 1]
+        num_tokens = sum(num_tokens for num_tokens, _ in lacking)
         return EngineLoad(
             num_running=len(running),
             num_waiting=len(self._scheduler.waiting),
             num_free_blocks=self.kv.num_free,
-            num_waiting_tokens=self._scheduler.num_waiting_tokens + sum(num for num in lacking if num > 1),
+            num_waiting_tokens=self._scheduler.num_waiting_tokens + num_tokens,
+            queued=StepWork(
+                self._scheduler.num_uncached_tokens + num_tokens,
+                self._scheduler.num_uncached_pairs + sum(itertools.starmap(num_pairs, lacking)),
+            ),
         )
 
     def check_invariants(self, others: Iterable[BlockId] = ()) -> None:
@@ -230,6 +238,9 @@ class Engine:
             assert all(self._sequences[sequence.request.id] is sequence for sequence in queue)
         assert len(scheduler.running) + len(scheduler.waiting) == len(self._sequences)
         assert scheduler.num_waiting_tokens == sum(sequence.num_tokens for sequence in scheduler.waiting)
+        lacking = [(each.num_tokens - each.num_likely_tokens, each.num_likely_tokens) for each in scheduler.waiting]
+        assert scheduler.num_uncached_tokens == sum(num_tokens for num_tokens, _ in lacking)
+        assert scheduler.num_uncached_pairs == sum(itertools.starmap(num_pairs, lacking))
         held = (block for sequence in self._sequences.values() for block in sequence.block_ids)
         late = (block for step in self._in_flight for block in step.released)
         self.kv.check_invariants(itertools.chain(held, late, others))

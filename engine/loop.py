@@ -8,6 +8,7 @@ progress; the engine, the clients and the role are touched by its thread only. O
 for `current_load`, and call `stop`.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event
@@ -19,9 +20,12 @@ from engine.errors import InvalidRequest
 from engine.inbox import Inbox
 from engine.request import RequestId
 from engine.session import Attached, Cancelled, Ended, SessionCommand, Submitted
+from engine.step_model import Calibration, StepModel, StepWork, chunks_work
+from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 
 IDLE_WAIT_S = 0.2  # how late a deadline of a waiting request may be noticed
+CALIBRATION_S = 0.25  # between two fits of the step model
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,10 @@ class WorkerLoop(Generic[C]):
         self._progress = 0
         self._step_began = 0.0
         self._last_step_s = 0.0
+        self._works: deque[StepWork] = deque()  # of the steps in flight
+        self._calibration = Calibration()
+        self._model: StepModel | None = None
+        self._next_fit = 0.0
         self._load = pb.Load(num_free_blocks=engine.kv.num_free)
 
     def current_load(self) -> pb.Load:
@@ -166,7 +174,11 @@ class WorkerLoop(Generic[C]):
             self._progress += 1
             self._role.group_done(scheduled, group)
 
+        num_in_flight = self.engine.num_in_flight
         self.engine.start(scheduled, group_done)
+        if self.engine.num_in_flight > num_in_flight:
+            chunks = scheduled.batch.chunks
+            self._works.append(chunks_work((chunk.start, len(chunk.token_ids)) for chunk in chunks))
 
     def _collect(self) -> None:
         if not self.engine.num_in_flight:
@@ -178,6 +190,9 @@ class WorkerLoop(Generic[C]):
             self._role.token(token, now)
         self._last_step_s = now - self._step_began
         self._step_began = now
+        self._calibration.observe(self._works.popleft(), self._last_step_s)
+        if now >= self._next_fit:
+            self._model, self._next_fit = self._calibration.fit(), now + CALIBRATION_S
 
     def _publish(self) -> None:
         self._load = self._measure()
@@ -195,5 +210,8 @@ class WorkerLoop(Generic[C]):
             draining=self._draining,
             turn=self._turn,
         )
+        if self._model is not None:
+            load.model.CopyFrom(model_to_pb(self._model))
+            load.queue_us = round(self._model.seconds(engine.queued) * 1e6) if engine.queued.prefill_tokens else 0
         self._role.add_load(load)
         return load

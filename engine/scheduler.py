@@ -16,6 +16,7 @@ from operator import attrgetter
 
 from engine.kv.cache import KvCache
 from engine.sequence import Sequence
+from engine.step_model import num_pairs
 
 by_key = attrgetter("key")
 
@@ -49,12 +50,15 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_waiting_tokens = 0
+        self.num_uncached_tokens = 0  # of those, without what was cached when they came
+        self.num_uncached_pairs = 0  # of a token of those and a key it attends to
         self.short_of_blocks = False  # in the last step something could not run, or not go on, for lack of blocks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence in its place."""
         insort(self.waiting, sequence, key=by_key)
-        self.num_waiting_tokens += sequence.num_tokens
+        sequence.num_likely_tokens = self._kv.num_likely(self._reusable(sequence)) * self._kv.block_size
+        self._count(sequence, 1)
 
     def join(self, sequence: Sequence) -> None:
         """Run a sequence that brings its blocks."""
@@ -70,7 +74,7 @@ class Scheduler:
         if sequence.running:
             sequence.running = False
         else:
-            self.num_waiting_tokens -= sequence.num_tokens
+            self._count(sequence, -1)
 
     def plan(self, *, in_flight: bool = False) -> Plan:
         """Plan the next step; `in_flight`: others have not ended yet."""
@@ -145,7 +149,7 @@ class Scheduler:
         """
         kv, num_tokens = self._kv, sequence.num_tokens
         num_blocks = -(-num_tokens // kv.block_size)
-        hashes = [] if sequence.wants_prompt_logprobs else sequence.hashes[: (num_tokens - 1) // kv.block_size]
+        hashes = self._reusable(sequence)
         if num_blocks - kv.num_likely(hashes) > kv.num_free:
             return False  # seen without comparing a long prompt again in every step it waits
         held = kv.match(sequence.token_ids, hashes)
@@ -156,6 +160,20 @@ class Scheduler:
         sequence.block_ids = held + fresh
         sequence.num_computed_tokens = len(held) * kv.block_size
         return True
+
+    def _reusable(self, sequence: Sequence) -> list[int]:
+        """Hashes of the blocks that need not be computed where they are cached."""
+        if sequence.wants_prompt_logprobs:
+            return []
+        return sequence.hashes[: (sequence.num_tokens - 1) // self._kv.block_size]
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        """A sequence begins or ends to wait."""
+        past = sequence.num_likely_tokens
+        lacking = sequence.num_tokens - past
+        self.num_waiting_tokens += sign * sequence.num_tokens
+        self.num_uncached_tokens += sign * lacking
+        self.num_uncached_pairs += sign * num_pairs(lacking, past)
 
     def _compute(self, sequence: Sequence, budget: int, plan: Plan) -> int:
         """Plan the next tokens, at most `budget`. A chunk in mid-prompt ends with a block where it can."""

@@ -6,6 +6,7 @@ trusts a size or an id.
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request, RequestId, SamplingParams
+from engine.step_model import StepModel
 from protos import worker_pb2 as pb
 
 # A prompt of a million tokens is about 4 MB; a snapshot of a million cached blocks 8 MB.
@@ -115,3 +116,17 @@ def logprobs_to_pb(logprobs: TokenLogprobs) -> pb.TokenLogprobs:
 def logprobs_from_pb(message: pb.TokenLogprobs) -> TokenLogprobs:
     top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=False))
     return TokenLogprobs(message.token_id, message.logprob, top)
+
+
+def model_to_pb(model: StepModel) -> pb.StepModel:
+    return pb.StepModel(
+        base_s=model.base_s,
+        prefill_token_s=model.prefill_token_s,
+        pair_s=model.pair_s,
+        decode_s=model.decode_s,
+        kv_token_s=model.kv_token_s,
+    )
+
+
+def model_from_pb(message: pb.StepModel) -> StepModel:
+    return StepModel(message.base_s, message.prefill_token_s, message.pair_s, message.decode_s, message.kv_token_s)

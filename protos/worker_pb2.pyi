@@ -146,7 +146,7 @@ class Description(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn", "queue_us", "model")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,8 @@ class Load(_message.Message):
     LAST_STEP_US_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -165,7 +167,23 @@ class Load(_message.Message):
     last_step_us: int
     draining: bool
     turn: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ..., turn: _Optional[int] = ...) -> None: ...
+    queue_us: int
+    model: StepModel
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ..., turn: _Optional[int] = ..., queue_us: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ...) -> None: ...
+
+class StepModel(_message.Message):
+    __slots__ = ("base_s", "prefill_token_s", "pair_s", "decode_s", "kv_token_s")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PAIR_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    prefill_token_s: float
+    pair_s: float
+    decode_s: float
+    kv_token_s: float
+    def __init__(self, base_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., pair_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., kv_token_s: _Optional[float] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("handle", "index", "token_ids", "logprobs", "prompt_logprobs", "finish_reason", "error", "offer", "handoff_done", "timing")

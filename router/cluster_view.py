@@ -7,6 +7,8 @@ between two reports would go to the same worker.
 
 from dataclasses import dataclass
 
+from engine.step_model import StepModel
+from engine.wire import model_from_pb
 from protos import worker_pb2 as pb
 
 PREFILL = "prefill"
@@ -29,7 +31,9 @@ class WorkerView:
     seq_limit: int  # sequences it may hold, running or on their way, before more wait in the router
     num_seqs: int
     num_free_blocks: int
-    num_waiting_tokens: int  # prompt tokens not computed yet
+    model: StepModel | None  # how long its steps take; None: it has not run enough of them
+    queue_s: float  # to compute the prompts it has told of
+    num_waiting_tokens: int  # of prompts to compute that `queue_s` does not count
     num_pending: int  # requests counted above that the worker has not reported
 
 
@@ -58,6 +62,7 @@ class WorkerState:
         self._seq_limit = max(1, int(description.max_num_seqs * seqs_per_slot))
         self._pending: dict[int, _Pending] = {}
         self._view: WorkerView | None = None
+        self._model: StepModel | None = None
 
     def reserve(self, handle: int, tokens: int, blocks: int) -> None:
         """Count a request from the decision on: `tokens` of prefill work, `blocks` of KV."""
@@ -76,6 +81,8 @@ class WorkerState:
         """Heartbeats of one long step say the same again and count no request that came meanwhile."""
         new_turn = load.turn != self.load.turn
         self.load = load
+        if load.HasField("model"):
+            self._model = model_from_pb(load.model)
         self._view = None
         if self._pending and new_turn:
             for handle, pending in list(self._pending.items()):
@@ -89,6 +96,7 @@ class WorkerState:
             load, described, pending = self.load, self.description, self._pending.values()
             # A decode worker's pulls will run there; a prefill worker's leases are over for its engine.
             num_pulling = load.num_handoffs if described.role == DECODE else 0
+            uncounted = 0 if load.HasField("model") else load.num_waiting_tokens
             self._view = WorkerView(
                 id=self.worker_id,
                 role=described.role,
@@ -99,7 +107,9 @@ class WorkerState:
                 seq_limit=self._seq_limit,
                 num_seqs=load.num_running + load.num_waiting + num_pulling + len(pending),
                 num_free_blocks=load.num_free_blocks - sum(each.blocks for each in pending),
-                num_waiting_tokens=load.num_waiting_tokens + sum(each.tokens for each in pending),
+                model=self._model,
+                queue_s=load.queue_us / 1e6,
+                num_waiting_tokens=uncounted + sum(each.tokens for each in pending),
                 num_pending=len(pending),
             )
         return self._view

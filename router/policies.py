@@ -9,18 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from engine.step_model import StepModel
 from router.cluster_view import ClusterView, WorkerView
+
+# Of an H200 with an 8B model: what workers are taken for until one of them has run some steps.
+REFERENCE = StepModel(base_s=0.0035, prefill_token_s=21e-6, pair_s=1e-9, decode_s=26e-6, kv_token_s=3e-8)
 
 # Output tokens for which a decode worker must have room before it gets a request. Reserving all of max_tokens
 # would leave most memory idle, since most answers end early; a worker preempts when the guess was too low.
 OUTPUT_RESERVE_TOKENS = 256
 
-# One cost, in tokens of prefill. Measured on an H200 with an 8B model: prefill takes 24 us a token, a decode step
-# grows by 26 us for each sequence in it; so a sequence already on a decode worker costs a newcomer about one prefill
-# token for each token it will decode.
-STEP_COST_PER_SEQ = 1.0
-TRANSFER_COST_PER_TOKEN = 0.1  # most of a transfer hides behind prefill, but it takes bandwidth from others
-HANDOFF_COST = 64  # one more hop and the setup of a transfer
+# What a handoff costs, as prompt tokens that could be computed meanwhile: one more hop and the setup of a transfer,
+# and for each token moved, for a transfer hides behind prefill but takes bandwidth from others.
+HANDOFF_TOKENS = 64
+TRANSFER_TOKENS = 0.1
 
 
 T = TypeVar("T")
@@ -87,13 +89,15 @@ class LeastLoaded:
             return None
         decode = _least(decoders, [_occupancy(worker) for worker in decoders], facts.turn)
         partners = _partners(facts, decode, view)
-        prefill = _least(partners, [worker.num_waiting_tokens for worker in partners], facts.turn) if partners else None
+        queues = [_queue_seconds(worker, _model(worker, view.prefill)) for worker in partners]
+        prefill = _least(partners, queues, facts.turn) if partners else None
         return _decision(prefill, decode, matches, "least loaded")
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixAware:
-    """Least cost over prefill queue, tokens to compute, tokens to move and decode load.
+    """Least cost in seconds, by each worker's own model of its steps: the wait for the first token (queue, tokens to
+    compute), what a handoff takes, and how much longer the decode worker's sequences will take.
 
     The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (0: never) and its
     own queue makes that no slower than a handoff, or when there is no prefill worker to pair it with. A threshold
@@ -108,7 +112,7 @@ class PrefixAware:
         if not decoders:
             return None
         partners = self._best_prefill(facts, matches, view)
-        options = [self._option(facts, matches, decode, partners.get(decode.fingerprint)) for decode in decoders]
+        options = [self._option(facts, matches, view, decode, partners.get(decode.fingerprint)) for decode in decoders]
         index = _least(range(len(options)), [option[0] for option in options], facts.turn)
         _, prefill, reason = options[index]
         return _decision(prefill, decoders[index], matches, reason)
@@ -123,24 +127,51 @@ class PrefixAware:
             worker = view.prefill[(facts.turn + offset) % num_workers]
             if worker.id in facts.excluded:
                 continue
-            cost = worker.num_waiting_tokens + facts.num_uncached(matches.get(worker.id, 0))
+            cost = _first_token_seconds(facts, matches, worker, _model(worker, view.prefill))
             if worker.fingerprint not in best or cost < best[worker.fingerprint][0]:
                 best[worker.fingerprint] = (cost, worker)
         return best
 
     def _option(
-        self, facts: RequestFacts, matches: Matches, decode: WorkerView, partner: tuple[float, WorkerView] | None
+        self,
+        facts: RequestFacts,
+        matches: Matches,
+        view: ClusterView,
+        decode: WorkerView,
+        partner: tuple[float, WorkerView] | None,
     ) -> tuple[float, WorkerView | None, str]:
-        uncached = facts.num_uncached(matches.get(decode.id, 0))
-        load = _occupancy(decode) * min(facts.max_new_tokens, OUTPUT_RESERVE_TOKENS) * STEP_COST_PER_SEQ
-        local = load + decode.num_waiting_tokens + uncached
+        uncached, model = facts.num_uncached(matches.get(decode.id, 0)), _model(decode, view.decode)
+        prefiller = model if partner is None else _model(partner[1], view.prefill)
+        # Each of its sequences makes every step of the newcomer longer, as the newcomer does theirs.
+        load = _occupancy(decode) * min(facts.max_new_tokens, OUTPUT_RESERVE_TOKENS) * _growth(facts, decode, model)
+        local = load + _first_token_seconds(facts, matches, decode, model if model.prefill_token_s else prefiller)
         if partner is None:
             return local, None, "no prefill worker"
         cost, prefill = partner
-        disaggregated = load + cost + HANDOFF_COST + TRANSFER_COST_PER_TOKEN * uncached
+        disaggregated = load + cost + prefiller.prefill_token_s * (HANDOFF_TOKENS + TRANSFER_TOKENS * uncached)
         if uncached <= self.local_prefill_max_tokens and local <= disaggregated:
             return local, None, "local prefill is cheaper"
         return disaggregated, prefill, "least cost"
+
+
+def _model(worker: WorkerView, pool: Sequence[WorkerView]) -> StepModel:
+    """Its own, or that of another one in its pool."""
+    return worker.model or next((each.model for each in pool if each.model), REFERENCE)
+
+
+def _queue_seconds(worker: WorkerView, model: StepModel) -> float:
+    num_tokens = worker.num_waiting_tokens
+    return worker.queue_s + (model.prefill_seconds(num_tokens, 0) if num_tokens else 0.0)
+
+
+def _first_token_seconds(facts: RequestFacts, matches: Matches, worker: WorkerView, model: StepModel) -> float:
+    uncached = facts.num_uncached(matches.get(worker.id, 0))
+    return _queue_seconds(worker, model) + model.prefill_seconds(uncached, facts.num_tokens - uncached)
+
+
+def _growth(facts: RequestFacts, decode: WorkerView, model: StepModel) -> float:
+    """Seconds that one more sequence adds to a step; noise must not say that it is free, or one worker gets all."""
+    return max(model.decode_s, model.base_s / decode.max_num_seqs) + model.kv_token_s * facts.num_tokens
 
 
 def _with_room(facts: RequestFacts, matches: Matches, view: ClusterView) -> list[WorkerView]:

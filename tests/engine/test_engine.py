@@ -13,6 +13,7 @@ from engine.executors.base import Chunk
 from engine.kv.layout import BlockId
 from engine.request import FinishReason, Request, RequestId, SamplingParams
 from engine.scheduler import SchedulerConfig
+from engine.step_model import StepWork, num_pairs
 from tests.fakes import ScriptedExecutor
 
 SECRET = {"secret": "s", "model": "m"}
@@ -345,6 +346,22 @@ def test_load_counts_what_runs_waits_and_is_still_to_compute() -> None:
     step(engine)
     load = engine.load()
     assert (load.num_running, load.num_waiting, load.num_free_blocks, load.num_waiting_tokens) == (1, 1, 11, 19)
+
+
+def test_what_is_queued_leaves_out_what_is_cached() -> None:
+    engine, _ = make_engine(max_batch_tokens=8, max_num_seqs=1, num_blocks=16, block_size=4)
+    engine.submit(make_request("a", 12, max_tokens=2))
+    finish(engine)
+    engine.submit(make_request("again", 12))
+    engine.submit(make_request("scored", 12, prompt_logprobs=0))
+    engine.submit(make_request("new", 20, first=100))
+    work = [(4, 8), (12, 0), (20, 0)]  # the last token is computed in any case, with its block
+    queued = StepWork(sum(num for num, _ in work), sum(num_pairs(*each) for each in work))
+    assert engine.load().queued == queued
+    step(engine)
+    assert engine.load().queued == StepWork(queued.prefill_tokens - 4, queued.pairs - num_pairs(4, 8))
+    finish(engine)
+    assert engine.load().queued == StepWork()
 
 
 def test_group_announcements_reach_the_caller() -> None:

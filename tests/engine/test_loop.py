@@ -12,12 +12,14 @@ from decode_workers.worker import DecodeRole
 from engine.clients import Clients
 from engine.engine import Engine, Scheduled
 from engine.errors import TransferError
+from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 from engine.inbox import Inbox
 from engine.loop import Drain, WorkerLoop
 from engine.request import Request, RequestId, SamplingParams
 from engine.scheduler import SchedulerConfig
 from engine.session import Attached, Cancelled, Ended, SessionCommand, SessionId, Submitted
-from engine.wire import submit_to_pb
+from engine.step_model import StepWork
+from engine.wire import model_from_pb, submit_to_pb
 from kv_transfer.pull import Pulled
 from protos import worker_pb2 as pb
 from tests.fakes import FakeClock, ScriptedExecutor
@@ -240,3 +242,37 @@ def test_pulls_do_not_take_the_blocks_that_an_earlier_prompt_waits_for(max_in_fl
     worker = Worker(make_engine(max_in_flight, 4, 40, max_num_seqs=8, max_batch_tokens=256), random.Random(3), act, 60)
     worker.loop.run()
     assert all(answer.token_ids == expected(answer.request)[answer.is_pulled :] for answer in worker.answers.values())
+
+
+def test_a_worker_learns_how_long_its_steps_take_and_tells_what_waits_in_seconds() -> None:
+    config = SimulatedConfig(step_base_s=0.01, prefill_tokens_per_s=1000.0, decode_s_per_sequence=0.002)
+    clock = FakeClock()
+    executor = SimulatedExecutor(config, clock.advance)
+    engine = Engine(executor, SchedulerConfig(max_batch_tokens=200, max_num_seqs=8), secret="", model="m")
+    clients = Clients(pb.Description(), lambda _frames: None, clock)
+    loads: list[pb.Load] = []
+    rng = random.Random(3)
+
+    def turn(_timeout: float) -> None:
+        loads.append(loop.current_load())
+        if len(loads) == 1:
+            inbox.post(Attached(ROUTERS[0]))
+        if len(loads) < 200 and rng.random() < 0.5:
+            token_ids = tuple(rng.choices(range(300, 400), k=rng.randrange(2, 300)))
+            request = Request(RequestId(""), token_ids, len(token_ids), SamplingParams(max_tokens=20), seed=0)
+            inbox.post(Submitted(ROUTERS[0], submit_to_pb(request, len(loads), 10**6)))
+        if len(loads) >= 200 and not clients:
+            loop.stop()
+
+    inbox = TurnInbox(turn)
+    role = DecodeRole(engine, clients, Intake(engine, lambda _entry: Future(), max_pulls=1), clock)
+    loop = WorkerLoop(engine, clients, inbox, role, clock)
+    assert not loop.current_load().HasField("model")
+    loop.run()
+    executor.close()
+    learned = model_from_pb(loads[-1].model)
+    assert learned.seconds(StepWork(100, 5050, 0, 0)) == pytest.approx(0.01 + 0.1, rel=0.05)
+    assert learned.seconds(StepWork(0, 0, 8, 800)) == pytest.approx(0.01 + 0.016, rel=0.05)
+    busiest = max(loads[100:200], key=lambda load: load.queue_us)
+    assert busiest.queue_us / 1e6 == pytest.approx(0.01 + busiest.num_waiting_tokens / 1000, rel=0.1)
+    assert loads[-1].queue_us == loads[-1].num_waiting_tokens == 0

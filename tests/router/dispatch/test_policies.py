@@ -4,11 +4,15 @@ import random
 
 import pytest
 
+from engine.step_model import StepModel
+from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.cluster_view import ClusterView, WorkerState, WorkerView
 from router.policies import LeastLoaded, PrefixAware, RequestFacts, RoundRobin
 
 POLICIES = [RoundRobin(), LeastLoaded(), PrefixAware()]
+TOKEN_S = 0.001
+MODEL = StepModel(base_s=0.01, prefill_token_s=TOKEN_S, pair_s=0.0, decode_s=TOKEN_S, kv_token_s=0.0)
 
 
 def worker(worker_id: str, **changes) -> WorkerView:
@@ -22,6 +26,8 @@ def worker(worker_id: str, **changes) -> WorkerView:
         seq_limit=96,
         num_seqs=0,
         num_free_blocks=1000,
+        model=MODEL,
+        queue_s=0.0,
         num_waiting_tokens=0,
         num_pending=0,
     )
@@ -98,10 +104,75 @@ def test_fingerprints_of_a_pair_are_equal(policy):
 
 def test_prefix_aware_goes_where_the_prefix_is_until_the_queue_there_is_longer():
     def choose(queue: int) -> str | None:
-        workers = view(worker("p0", num_waiting_tokens=queue), worker("p1"), worker("d0"))
+        workers = view(worker("p0", queue_s=queue * TOKEN_S), worker("p1"), worker("d0"))
         return PrefixAware().choose(facts(), {"p0": 800}, workers).prefill
 
     assert (choose(0), choose(799), choose(801)) == ("p0", "p0", "p1")
+
+
+def test_a_fast_worker_is_worth_a_wait_and_a_long_past_is_not_free():
+    fast = StepModel(base_s=0.01, prefill_token_s=TOKEN_S / 4, pair_s=0.0, decode_s=TOKEN_S, kv_token_s=0.0)
+
+    def choose(queue: int, **matches: int) -> str | None:
+        workers = view(worker("p0", model=fast, queue_s=queue * TOKEN_S), worker("p1"), worker("d0"))
+        return PrefixAware().choose(facts(), matches, workers).prefill
+
+    assert (choose(740), choose(760)) == ("p0", "p1")
+    assert choose(600, p1=496) == "p1"
+    attentive = dataclasses.replace(MODEL, pair_s=TOKEN_S / 100)  # then 500 tokens after 500 take as long as ever
+    workers = view(worker("p0", model=attentive), worker("p1", queue_s=0.4), worker("d0"))
+    assert PrefixAware().choose(facts(), {"p0": 496, "p1": 496}, workers).prefill == "p1"
+
+
+def test_a_newcomer_goes_where_it_delays_the_decoding_least():
+    slow = dataclasses.replace(MODEL, decode_s=4 * TOKEN_S)
+    long = dataclasses.replace(MODEL, kv_token_s=TOKEN_S / 100)
+    for other in (slow, long):
+        few = worker("d0", model=other, num_seqs=3)
+        assert PrefixAware().choose(facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=8))).decode == "d1"
+        assert PrefixAware().choose(facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=40))).decode == "d0"
+
+
+def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
+    state = WorkerState("p0", pb.Description(role="prefill", block_size=16, num_blocks=100, max_num_seqs=4), 1.5)
+
+    def queue() -> tuple[StepModel | None, float, int]:
+        return state.view().model, state.view().queue_s, state.view().num_waiting_tokens
+
+    state.report(pb.Load(num_waiting_tokens=1000, turn=1))
+    assert queue() == (None, 0.0, 1000)
+    exact = StepModel(0.5, 0.25, 0.0, 0.125, 0.0)  # floats that the wire does not round
+    state.report(pb.Load(num_waiting_tokens=1000, queue_us=3_000_000, model=model_to_pb(exact), turn=2))
+    assert queue() == (exact, 3.0, 0)
+    state.reserve(1, 8, 0)
+    assert queue() == (exact, 3.0, 8)
+
+
+@pytest.mark.parametrize("policy", [LeastLoaded(), PrefixAware()])
+def test_a_worker_that_has_not_run_is_taken_for_one_like_the_others(policy):
+    slow = dataclasses.replace(MODEL, prefill_token_s=1.0)
+
+    def choose(queue: float, waiting: int) -> str | None:
+        workers = view(
+            worker("p0", model=slow, queue_s=queue), worker("p1", model=None, num_waiting_tokens=waiting), worker("d0")
+        )
+        return policy.choose(facts(), {}, workers).prefill
+
+    assert (choose(90.0, 100), choose(110.0, 100)) == ("p0", "p1")
+    nobody_knows = view(worker("p0", model=None, num_waiting_tokens=9), worker("p1", model=None), worker("d0"))
+    assert policy.choose(facts(), {}, nobody_knows).prefill == "p1"
+
+
+def test_a_decode_worker_that_never_prefilled_does_not_seem_to_do_it_for_nothing():
+    never = dataclasses.replace(MODEL, prefill_token_s=0.0)
+    busy = view(worker("p0"), worker("d0", model=never, queue_s=50 * TOKEN_S))
+    assert PrefixAware().choose(facts(), {"d0": 944, "p0": 992}, busy).prefill == "p0"
+
+
+def test_requests_spread_even_where_one_more_sequence_seems_to_cost_nothing():
+    free = dataclasses.replace(MODEL, decode_s=0.0)
+    workers = view(worker("p0"), worker("d0", model=free, num_seqs=40), worker("d1", model=free))
+    assert PrefixAware().choose(facts(), {}, workers).decode == "d1"
 
 
 def test_prefix_aware_prefers_the_decode_worker_that_holds_the_prefix_while_loads_are_equal():
@@ -113,7 +184,7 @@ def test_prefix_aware_prefers_the_decode_worker_that_holds_the_prefix_while_load
 
 def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_prefilling():
     def choose(policy: PrefixAware, matched: int, waiting: int = 0) -> str | None:
-        workers = view(worker("p0"), worker("d0", num_waiting_tokens=waiting))
+        workers = view(worker("p0"), worker("d0", queue_s=waiting * TOKEN_S))
         return policy.choose(facts(), {"d0": matched, "p0": 992}, workers).prefill
 
     assert choose(PrefixAware(), 944) is None
