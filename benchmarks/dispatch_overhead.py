@@ -166,11 +166,12 @@ def measure_index(num_workers: int, blocks_each: int) -> None:
     shared = [rng.getrandbits(64) for _ in range(2048)]
     chains = [[rng.getrandbits(64) for _ in range(blocks_each)] for _ in range(num_workers)]
     start = time.perf_counter()
-    for i, chain in enumerate(chains):
-        index.apply(f"w{i}", chain, ())
+    slots = [index.open() for _ in chains]
+    for slot, chain in zip(slots, chains, strict=True):
+        index.apply(slot, chain)
     rate = num_workers * blocks_each / (time.perf_counter() - start)
-    for i in range(num_workers):
-        index.apply(f"w{i}", shared[: rng.randrange(1, 2048)], ())
+    for slot in slots:
+        index.apply(slot, shared[: rng.randrange(1, 2048)])
     print(f"index, {num_workers} workers, {index.num_hashes} blocks: {rate / 1e6:.2f} M blocks/s stored")
     for length in (128, 512, 2048):
         times = []
@@ -181,8 +182,8 @@ def measure_index(num_workers: int, blocks_each: int) -> None:
         times.sort()
         print(f"  match of {length} blocks: p50 {times[1000] * 1e6:.1f} us, p99 {times[1980] * 1e6:.1f} us")
     start = time.perf_counter()
-    index.remove("w0")
-    print(f"  removing a worker of {blocks_each} blocks: {(time.perf_counter() - start) * 1e3:.1f} ms")
+    index.close(slots[0])
+    print(f"  closing a worker of {blocks_each} blocks: {(time.perf_counter() - start) * 1e3:.1f} ms")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from router.flight import Flight, RetryConfig
 from router.generation import GenerationFailed, Overloaded
 from router.membership import Joined, Left, Membership
 from router.policies import RoutingDecision, RoutingPolicy
-from router.prefix_index import PrefixIndex
+from router.prefix_index import PrefixIndex, bits
 from router.session import SessionConfig, WorkerSession
 from router.stream import TokenStream
 
@@ -72,6 +72,8 @@ class Dispatcher:
         self._router_id = router_id
         self._clock = clock
         self._index = PrefixIndex()
+        self._slots: dict[str, int] = {}  # in the index, by worker id; both ways
+        self._indexed: dict[int, str] = {}
         self._admission: Admission[Flight] = Admission(config.admission, clock)
         self._flights: set[Flight] = set()
         self._sessions: dict[str, WorkerSession] = {}
@@ -154,7 +156,8 @@ class Dispatcher:
     def session_attached(self, session: WorkerSession, snapshot: pb.KvSnapshot) -> None:
         assert session.state is not None
         worker_id, described = session.member.worker_id, session.state.description
-        self._index.replace(worker_id, list(snapshot.hashes))
+        self._open_slot(worker_id)
+        self._index.apply(self._slots[worker_id], snapshot.hashes)
         log.info("attached %s worker %s with %d cached blocks", described.role, worker_id, len(snapshot.hashes))
         for other in self._sessions.values():
             if (
@@ -171,9 +174,23 @@ class Dispatcher:
                 )
 
     def session_events(self, session: WorkerSession, frame: pb.Frame) -> None:
-        worker_id, apply = session.member.worker_id, self._index.apply
+        worker_id = session.member.worker_id
         for event in frame.kv_events:
-            apply(worker_id, list(event.stored), list(event.removed), event.cleared)
+            if event.cleared:
+                self._open_slot(worker_id)
+            self._index.apply(self._slots[worker_id], event.stored, event.removed)
+
+    def _open_slot(self, worker_id: str) -> None:
+        """In place of the one it had: what it held before counts no more."""
+        self._close_slot(worker_id)
+        slot = self._slots[worker_id] = self._index.open()
+        self._indexed[slot] = worker_id
+
+    def _close_slot(self, worker_id: str) -> None:
+        slot = self._slots.pop(worker_id, None)
+        if slot is not None:
+            del self._indexed[slot]
+            self._index.close(slot)
 
     def session_reported(self, session: WorkerSession) -> None:
         if self._admission.num_waiting and session.member.role == DECODE:
@@ -182,7 +199,7 @@ class Dispatcher:
 
     def session_lost(self, session: WorkerSession, reason: str) -> None:
         if self._sessions.get(session.member.worker_id) is session:  # else a successor's blocks may be indexed already
-            self._index.remove(session.member.worker_id)
+            self._close_slot(session.member.worker_id)
         if self._closed or session.retired:
             return
         self.counters.sessions_lost += 1
@@ -237,7 +254,7 @@ class Dispatcher:
         finally:
             if self._sessions.get(worker_id) is session:
                 del self._sessions[worker_id], self._tasks[worker_id]
-                self._index.remove(worker_id)
+                self._close_slot(worker_id)
             log.info("forgot worker %s at %s", worker_id, session.member.address)
 
     def _pump(self) -> None:
@@ -276,8 +293,9 @@ class Dispatcher:
         """Tokens of the request each worker is believed to hold. Workers with other block sizes hash otherwise."""
         matches: dict[str, int] = {}
         for block_size in {worker.block_size for worker in (*view.prefill, *view.decode)}:
-            for worker_id, num_blocks in self._index.match(flight.hashes(block_size)):
-                matches[worker_id] = num_blocks * block_size
+            for num_blocks, mask in self._index.match(flight.hashes(block_size)):
+                for slot in bits(mask).tolist():
+                    matches[self._indexed[slot]] = num_blocks * block_size
         return matches
 
     def _view(self) -> ClusterView:
@@ -340,7 +358,7 @@ class Dispatcher:
                 "num_waiting_tokens": load.num_waiting_tokens,
                 "num_handoffs": load.num_handoffs,
                 "draining": load.draining,
-                "indexed_blocks": self._index.num_blocks(member.worker_id),
+                "indexed_blocks": self._index.num_blocks(self._slots[member.worker_id]),
                 "index_lag_s": round(self._clock() - session.last_frame_at, 3),
             }
         return known

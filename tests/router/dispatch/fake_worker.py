@@ -158,6 +158,14 @@ class FakeWorker:
             session.frames.put_nowait(pb.Frame(kv_events=[event], kv_event_number=self._num_events))
         self._num_events += 1
 
+    def clear(self, hashes: list[int]) -> None:
+        """Forget all blocks, then hold `hashes`: one event."""
+        self.hashes = list(hashes)
+        for session in self._sessions:
+            event = pb.KvEvent(stored=hashes, cleared=True)
+            session.frames.put_nowait(pb.Frame(kv_events=[event], kv_event_number=self._num_events))
+        self._num_events += 1
+
     def lose_event(self) -> None:
         self._num_events += 1
 

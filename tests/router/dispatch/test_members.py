@@ -94,6 +94,17 @@ async def test_after_a_missing_frame_the_index_is_exact_again():
         assert it.dispatcher.counters.sessions_lost == 1
 
 
+async def test_a_cleared_cache_is_forgotten_and_what_came_after_is_known():
+    async with cluster(1, 1) as it:
+        it["p0"].store([1, 2, 3])
+        await it.signal.until(lambda: it.known("p0")["indexed_blocks"] == 3)
+        it["p0"].clear([4])
+        await it.signal.until(lambda: it.known("p0")["indexed_blocks"] == 1)
+        it["p0"].store([5])
+        await it.signal.until(lambda: it.known("p0")["indexed_blocks"] == 2)
+        assert it.dispatcher.counters.sessions_lost == 0
+
+
 async def test_a_missing_kv_event_makes_the_session_start_over():
     async with cluster(1, 1) as it:
         it["p0"].store([1])

@@ -2,22 +2,7 @@ import random
 
 import pytest
 
-from router.prefix_index import PrefixIndex
-
-
-class BruteForce:
-    """The same answers by walking every chain for every worker."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, set[int]] = {}
-
-    def match(self, hashes: list[int]) -> dict[str, int]:
-        found = {}
-        for worker, held in self.held.items():
-            length = next((i for i, each in enumerate(hashes) if each not in held), len(hashes))
-            if length:
-                found[worker] = length
-        return found
+from router.prefix_index import PrefixIndex, bits
 
 
 def chain(rng: random.Random, length: int) -> list[int]:
@@ -29,83 +14,110 @@ def chain(rng: random.Random, length: int) -> list[int]:
     return hashes
 
 
-def check_invariants(index: PrefixIndex) -> None:
-    for worker, held in index._held.items():
-        bit = 1 << index._slots[worker]
-        assert {each for each, mask in index._masks.items() if mask & bit} == held
-    assert all(index._masks.values())
-    assert sorted([*index._slots.values(), *index._free_slots]) == list(range(len(index._workers)))
+def matched(index: PrefixIndex, hashes: list[int]) -> dict[int, int]:
+    found = index.match(hashes)
+    assert [length for length, _ in found] == sorted({length for length, _ in found})
+    assert all(mask for _, mask in found)
+    return {slot: length for length, mask in found for slot in bits(mask).tolist()}
+
+
+def brute_force(held: dict[int, set[int]], hashes: list[int]) -> dict[int, int]:
+    lengths = {
+        slot: next((i for i, each in enumerate(hashes) if each not in blocks), len(hashes))
+        for slot, blocks in held.items()
+    }
+    return {slot: length for slot, length in lengths.items() if length}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_agrees_with_brute_force_while_workers_store_evict_leave_and_return(seed):
     rng = random.Random(seed)
-    index, twin = PrefixIndex(), BruteForce()
-    workers = [f"w{i}" for i in range(7)]
+    index, held = PrefixIndex(), {}
     parents: dict[int, int] = {}
-    for step in range(3000):
-        worker = rng.choice(workers)
-        held = twin.held.setdefault(worker, set())
+    for _ in range(3000):
+        if len(held) < 7:
+            slot = index.open()
+            assert slot not in held
+            held[slot] = set()
+        slot = rng.choice(sorted(held))
         match rng.randrange(8):
             case 0 | 1 | 2 | 3:
                 hashes = chain(rng, rng.randrange(1, 24))
                 parents.update(zip(hashes[1:], hashes, strict=False))
-                index.apply(worker, hashes, ())
-                held.update(hashes)
+                index.apply(slot, hashes)
+                held[slot].update(hashes)
             case 4 | 5:  # leaves first
                 for _ in range(rng.randrange(1, 10)):
-                    leaves = sorted(held - {parents.get(each) for each in held})
+                    leaves = sorted(held[slot] - {parents.get(each) for each in held[slot]})
                     if leaves:
                         leaf = rng.choice(leaves)
-                        index.apply(worker, (), [leaf])
-                        held.remove(leaf)
-            case 6:
-                index.replace(worker, sorted(held))
+                        index.apply(slot, (), [leaf])
+                        held[slot].remove(leaf)
+            case 6:  # a snapshot
+                index.close(slot)
+                blocks = held.pop(slot)
+                slot = index.open()
+                assert slot not in held
+                held[slot] = blocks
+                index.apply(slot, sorted(blocks))
             case 7 if rng.random() < 0.1:
-                index.remove(worker)
-                del twin.held[worker]
-            case 7 if rng.random() < 0.1:
-                index.apply(worker, [1], (), cleared=True)
-                twin.held[worker] = {1}
+                index.close(slot)
+                del held[slot]
         query = chain(rng, rng.randrange(0, 30))
-        assert dict(index.match(query)) == twin.match(query)
-        if step % 100 == 0:
-            check_invariants(index)
-    check_invariants(index)
+        assert matched(index, query) == brute_force(held, query)
+        assert {slot: index.num_blocks(slot) for slot in held} == {slot: len(each) for slot, each in held.items()}
 
 
-def test_the_slot_of_a_worker_that_left_serves_the_next_one():
+def churn(num_lives: int, blocks_each: int) -> list[tuple[int, int]]:
+    """(hashes, slots) of an index after each life of workers that come with new blocks and go."""
+    index, counts = PrefixIndex(), []
+    slots = [index.open() for _ in range(16)]
+    for life in range(num_lives):
+        index.close(slots[life % 16])
+        slot = slots[life % 16] = index.open()
+        index.apply(slot, [hash((life, i)) for i in range(blocks_each)])
+        counts.append((index.num_hashes, index.num_slots))
+    return counts
+
+
+def test_slots_and_memory_stay_bounded_while_workers_come_and_go():
+    counts = churn(300, 2000)
+    assert max(hashes for hashes, _ in counts) <= 2 * 16 * 2000
+    assert max(slots for _, slots in counts) <= 3 * 16
+
+
+@pytest.mark.slow
+def test_the_soak_is_flat():
+    counts = churn(6000, 2000)
+    early, late = counts[500:1500], counts[-1000:]
+    assert max(late) <= (max(early)[0] * 1.01, 3 * 16)
+    assert late[-1][1] == early[0][1]
+
+
+def test_closing_everyone_leaves_nothing_once_swept():
     index = PrefixIndex()
-    index.replace("a", [1, 2])
-    index.replace("b", [1])
-    index.remove("a")
-    index.replace("c", [1, 2, 3])
-    assert sorted(index.match([1, 2, 3])) == [("b", 1), ("c", 3)]
-    assert len(index._workers) == 2
-
-
-def test_removing_everyone_leaves_nothing():
-    index = PrefixIndex()
-    index.replace("a", range(100))
-    index.replace("b", range(50))
-    index.remove("a")
-    index.remove("b")
-    index.remove("b")
-    assert index.num_hashes == index.num_blocks("a") == 0
+    for blocks in (range(100), range(50)):
+        index.apply(index.open(), blocks)
+    index.close(0)
+    assert index.match([1]) == [(1, 0b10)]
+    index.close(1)
     assert index.match([1]) == index.match([]) == []
+    for _ in range(8):
+        index.close(index.open())
+    assert index.num_hashes == 0
 
 
 def test_a_long_match_takes_few_probes():
-    class Counting(dict):
+    class Counting(list):
         probes = 0
 
-        def get(self, *args):
+        def __getitem__(self, item):
             Counting.probes += 1
-            return super().get(*args)
+            return super().__getitem__(item)
 
     index = PrefixIndex()
-    index.replace("a", range(4096))
-    index.replace("b", range(1000))
-    index._masks = Counting(index._masks)
-    assert index.match(range(4096)) == [("b", 1000), ("a", 4096)]
+    index.apply(index.open(), range(4096))
+    index.apply(index.open(), range(1000))
+    index._shards = Counting(index._shards)
+    assert index.match(range(4096)) == [(1000, 0b10), (4096, 0b01)]
     assert Counting.probes < 60

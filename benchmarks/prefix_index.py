@@ -1,0 +1,96 @@
+"""The router's prefix index: store, find and remove, and bytes a block, against their targets.
+
+Synthetic: every worker holds blocks of its own and a random part of one shared chain of 2,048 blocks, which is what is
+looked up. Trace: the prompts of a Mooncake trace, each stored on a random worker. Bytes are the growth of the process's
+resident memory while the index fills from hashes that are made and dropped a worker at a time.
+
+    python -m benchmarks.prefix_index --workers 64 1024 --blocks 1000000 --trace conversation_trace.jsonl
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import psutil
+
+from router.prefix_index import PrefixIndex
+
+FIND_TARGETS_US = {128: 10, 512: 20, 2048: 25}
+STORE_TARGET = 2.5e6
+BYTES_TARGET = 150
+
+
+def percentiles(index: PrefixIndex, queries: list[list[int]], count: int) -> tuple[float, float]:
+    """p50 and p99 of `match`, in us."""
+    times = []
+    for i in range(count):
+        start = time.perf_counter()
+        index.match(queries[i % len(queries)])
+        times.append(time.perf_counter() - start)
+    times.sort()
+    return times[count // 2] * 1e6, times[count * 99 // 100] * 1e6
+
+
+def synthetic(num_workers: int, num_blocks: int) -> None:
+    rng = random.Random(0)
+    index = PrefixIndex()
+    shared = [rng.getrandbits(64) for _ in range(2048)]
+    each = num_blocks // num_workers
+    process = psutil.Process()
+    before, store_s = process.memory_info().rss, 0.0
+    for _ in range(num_workers):
+        slot = index.open()
+        own = [rng.getrandbits(64) for _ in range(each)]
+        start = time.perf_counter()
+        index.apply(slot, own)
+        store_s += time.perf_counter() - start
+        index.apply(slot, shared[: rng.randrange(1, 2048)])
+    size = (process.memory_info().rss - before) / index.num_hashes
+    rate = num_workers * each / store_s
+    print(f"{num_workers} workers, {index.num_hashes} blocks")
+    print(f"  store {rate / 1e6:.2f} M blocks/s ({rate / STORE_TARGET:.2f} of the target; more is better)")
+    print(f"  {size:.0f} bytes a block ({size / BYTES_TARGET:.2f} of the target)")
+    for length, target in FIND_TARGETS_US.items():
+        p50, p99 = percentiles(index, [shared[:length]], 5000)
+        print(f"  find {length}: p50 {p50:.1f} us ({p50 / target:.2f} of the target), p99 {p99:.1f} us")
+    start = time.perf_counter()
+    index.apply(slot, (), own[::-1])
+    print(f"  remove {each / (time.perf_counter() - start) / 1e6:.2f} M blocks/s")
+
+
+def replay(trace: Path, num_workers: int) -> None:
+    """Blocks of the trace, 512 tokens each, as 32 blocks of 16 tokens; no evictions."""
+    rng = random.Random(0)
+    index = PrefixIndex()
+    slots = [index.open() for _ in range(num_workers)]
+    with trace.open(encoding="utf-8") as lines:
+        prompts = [json.loads(line)["hash_ids"] for line in lines]
+    queries = [[hash((block, i)) for block in prompt for i in range(32)] for prompt in prompts[:2000]]
+    start = time.perf_counter()
+    for query in queries:
+        index.apply(rng.choice(slots), query)
+    rate = sum(map(len, queries)) / (time.perf_counter() - start)
+    p50, p99 = percentiles(index, queries, len(queries))
+    print(f"{trace.name}, {len(queries)} prompts on {num_workers} workers, {index.num_hashes} blocks")
+    print(f"  store {rate / 1e6:.2f} M blocks/s; find p50 {p50:.1f} us, p99 {p99:.1f} us")
+
+
+def main() -> None:
+    default = Path(__file__).parents[2] / "shared/traces/mooncake_conversation_trace.jsonl"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    parser.add_argument("--trace", type=Path, default=default if default.exists() else None)
+    options = parser.parse_args()
+    if options.trace is not None:
+        for num_workers in options.workers:
+            replay(options.trace, num_workers)
+    for num_blocks in options.blocks:
+        for num_workers in options.workers:
+            synthetic(num_workers, num_blocks)
+
+
+if __name__ == "__main__":
+    main()
