@@ -97,14 +97,32 @@ async def _up(spec: ClusterSpec) -> None:
 
 
 @app.command()
-def router(spec: SpecFile, index: Index = 0, verbose: Verbose = False) -> None:
+def router(
+    spec: SpecFile,
+    index: Index = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Processes that share the port. [default: router.workers]")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(min=0, hidden=True, help="Which of these processes this is, from 0.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
     """Run one router: the HTTP port and the choice of workers."""
+    _log(verbose)
+    loaded = _load(spec)
+    if process is None and (workers or loaded.router.workers) > 1:
+        from baton.router_processes import run_router_processes
+
+        settings = loaded.router.model_copy(update={"workers": workers or loaded.router.workers})
+        loaded = loaded.model_copy(update={"router": settings})
+        asyncio.run(run_router_processes(loaded, spec, index=index, options=["--verbose"] if verbose else []))
+        return
     import uvloop
 
     from baton.compose import run_router
 
-    _log(verbose)
-    uvloop.run(run_router(_load(spec), index=index))
+    uvloop.run(run_router(loaded, index=index, process=process))
 
 
 @app.command()

@@ -6,15 +6,13 @@ The only place that sees the spec, the registry, the executors, the transports a
 import asyncio
 import logging
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
 
 from baton.device import find_device
 from baton.segments import segment_loader
+from baton.signals import DRAIN_GRACE_S, stop_signals
 from baton.tokenizer import checkpoint_tokenizer
 from baton.transports import server_transports, sink_transports
 from cluster.addresses import reachable_host
@@ -43,8 +41,6 @@ from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingPolicy
 from router.server import ServerConfig, serve
 
 log = logging.getLogger(__name__)
-
-DRAIN_GRACE_S = 25.0  # below the 30 s that orchestrators give a process between SIGTERM and SIGKILL
 
 
 def found_pool(spec: ClusterSpec, role: Role) -> PoolSettings:
@@ -102,8 +98,11 @@ def scheduler_config(pool: PoolSettings) -> SchedulerConfig:
     return SchedulerConfig(max_batch_tokens=pool.max_batch_tokens, max_num_seqs=pool.max_num_seqs)
 
 
-async def run_router(spec: ClusterSpec, *, index: int = 0) -> None:
-    """Serve HTTP until SIGTERM or SIGINT, then let running requests finish."""
+async def run_router(spec: ClusterSpec, *, index: int = 0, process: int | None = None) -> None:
+    """Serve HTTP until SIGTERM or SIGINT, then let running requests finish.
+
+    `process` numbers the processes that share the router's port; None: this one has it alone.
+    """
     with spec_errors():
         tokenizer = checkpoint_tokenizer(resolve_model(spec.model, spec.load), spec.load)
     token, api_key = read_token(spec), read_api_key(spec)
@@ -115,7 +114,7 @@ async def run_router(spec: ClusterSpec, *, index: int = 0) -> None:
         model=spec.public_model_name,
         token=token,
         secret=token,
-        router_id=f"router-{index}",
+        router_id=f"router-{index}" if process is None else f"router-{index}.{process}",
         clock=time.monotonic,
     )
     front = Front(
@@ -132,9 +131,9 @@ async def run_router(spec: ClusterSpec, *, index: int = 0) -> None:
     )
     running = asyncio.create_task(dispatcher.run())
     try:
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             running.add_done_callback(lambda _task: stop.set())  # a router without its dispatcher is no use
-            limits = ServerConfig(drain_s=DRAIN_GRACE_S)
+            limits = ServerConfig(drain_s=DRAIN_GRACE_S, share_port=process is not None)
             await serve(front, spec.router.host, spec.router.port, stop=stop, config=limits)
     finally:
         await dispatcher.close()
@@ -188,7 +187,7 @@ async def _serve_worker(spec: ClusterSpec, pool: PoolSettings, executor: Executo
     record = WorkerRecord(worker_id(role, index), role, server.address, int(identity.epoch), spec.public_model_name)
     try:
         await server.start()
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             async with registry.register(record):
                 log.info("%s serves %s at %s", record.worker_id, record.model, record.address)
                 ended = asyncio.create_task(server.thread.wait())
@@ -233,17 +232,3 @@ def _decode_server(spec: ClusterSpec, pool: PoolSettings, identity: WorkerIdenti
 
 def _fingerprint(executor: Executor, identity: WorkerIdentity) -> str:
     return fingerprint(executor.model_hash, [executor.layout], identity.token.encode())
-
-
-@contextmanager
-def _stop_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield stop
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

@@ -189,7 +189,8 @@ class LocalCluster:
         """Write the spec in effect, and remove the logs and leases of an earlier cluster; other files stay."""
         (self.run_dir / "logs").mkdir(mode=0o700, exist_ok=True)
         for command in self._commands:
-            command.log.unlink(missing_ok=True)
+            if command.log is not None:
+                command.log.unlink(missing_ok=True)
         if self.spec.registry == "file":
             clear_leases(lease_directory(self.spec))
         save_spec(self.spec, self.run_dir / SPEC_NAME)

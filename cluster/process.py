@@ -19,12 +19,12 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How to start a child. Its output is appended to `log`."""
+    """How to start a child. Its output is appended to `log`; None: it goes where the parent's goes."""
 
     name: str
     argv: tuple[str, ...]
     environ: Mapping[str, str]
-    log: Path
+    log: Path | None
 
 
 class Child:
@@ -59,13 +59,13 @@ class Child:
 
 async def start(command: Command) -> Child:
     """Raises OSError when the program cannot be run."""
-    with command.log.open("ab") as log:
+    with command.log.open("ab") if command.log else contextlib.nullcontext() as log:
         process = await asyncio.create_subprocess_exec(
             *command.argv,
             env=dict(command.environ),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
-            stderr=asyncio.subprocess.STDOUT,
+            stderr=asyncio.subprocess.STDOUT if log else None,
             process_group=0,  # Ctrl-C reaches the parent alone, which then stops its children in order
             preexec_fn=die_with(os.getpid()),
         )
@@ -89,7 +89,9 @@ def ending(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
-def last_lines(log: Path, count: int = 15) -> str:
+def last_lines(log: Path | None, count: int = 15) -> str:
+    if log is None:
+        return ""
     try:
         with log.open(encoding="utf-8", errors="replace") as lines:
             return "".join(deque(lines, count)).rstrip()

@@ -135,6 +135,7 @@ class PoolSpec(Section):
 class RouterSpec(Section):
     host: Host = Field("127.0.0.1", description="address the HTTP port binds to")
     port: Port = Field(8000, description="HTTP port; 0: any free one")
+    workers: int = Field(1, ge=1, le=256, description="processes that share the HTTP port, for more cores")
     policy: Literal["prefix_aware", "round_robin", "least_loaded"] = Field(
         "prefix_aware", description="how workers are chosen"
     )

@@ -28,10 +28,11 @@ class Ended:
     restart_in_s: float
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.command.name} {ending(self.status)} after {self.ran_for_s:.1f} s; "
-            f"starting it again in {self.restart_in_s:.1f} s; its log: {self.command.log}"
+            f"starting it again in {self.restart_in_s:.1f} s"
         )
+        return text if self.command.log is None else f"{text}; its log: {self.command.log}"
 
 
 class Backoff:

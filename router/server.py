@@ -28,6 +28,7 @@ class ServerConfig:
     stall_s: float = 30.0  # for a client to make room when it does not read its answer
     drain_s: float = 30.0  # for running requests to finish after the server was told to stop
     backlog: int = 2048
+    share_port: bool = False  # with other processes that say so too; the kernel spreads connections over them
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -136,7 +137,7 @@ async def serve(
     Raises OSError when the address cannot be bound.
     """
     limits = config or ServerConfig()
-    listener = _bind(host, port, limits.backlog)
+    listener = _bind(host, port, limits.backlog, share=limits.share_port)
     server = _Server(
         uvicorn.Config(
             app,
@@ -166,12 +167,19 @@ async def serve(
         listener.close()
 
 
-def _bind(host: str, port: int, backlog: int) -> socket.socket:
+def check_free(host: str, port: int) -> None:
+    """Raises OSError when somebody listens on the address, or nobody can."""
+    _bind(host, port, 1, share=False).close()
+
+
+def _bind(host: str, port: int, backlog: int, *, share: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol named, connections inherit it, and event loops then set TCP_NODELAY on them.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(backlog)
         listener.setblocking(False)

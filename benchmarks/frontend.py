@@ -1,0 +1,321 @@
+"""What the HTTP front costs: CPU of the router process per request and per output token, latency floor, requests/s.
+
+A whole local cluster runs, started as `baton up` does, with simulated workers that take next to no time. The load
+generator is a process of its own: bare HTTP/1.1 connections, and the `openai` client. The router is pinned to one
+core, everything else to the others. Prompts are text, all different. Each figure stands beside its target; NVIDIA
+Dynamo 1.6.1 takes 1.75 ms of CPU a request for the same load (0.70 ms with its fast tokenizer), and 3.0 ms a request
+one at a time.
+
+    python -m benchmarks.frontend --help
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import uvloop
+
+from baton.demo_model import demo_model
+from cluster.launcher import LocalCluster
+from cluster.spec import ClusterSpec
+from router.tokenizer import load_tokenizer
+
+TARGET_REQUEST_MS = 1.2
+TARGET_TOKEN_US = 10.0
+TARGET_FLOOR_MS = 3.0
+WORDS = (
+    "the",
+    "river",
+    "wide",
+    "a",
+    "boat",
+    "under",
+    "old",
+    "bridge",
+    "light",
+    "of",
+    "rain",
+    "slowly",
+    "turns",
+    "stones",
+)
+NUM_FLOOR = 200  # requests one after another, for the latency floor
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """`prompts` are dealt out to `num_connections`, each with one request at a time."""
+
+    url: str
+    prompts: list[Any]  # texts, or lists of token ids
+    num_connections: int
+    num_output: int
+    stream: bool
+
+    def fields(self, prompt: Any) -> dict[str, Any]:
+        return {"prompt": prompt, "max_tokens": self.num_output, "temperature": 0, "stream": self.stream}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    latencies: list[float]  # seconds, of each request
+    elapsed: float
+    cpu: float = 0.0  # seconds of the router
+
+
+class RawConnection(asyncio.Protocol):
+    """A bare HTTP/1.1 client on one kept connection: the client's own cost stays out of the latency."""
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self._answer: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none
+
+    async def post(self, body: bytes) -> None:
+        self._answer = asyncio.get_running_loop().create_future()
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        )
+        self.transport.write(head % len(body) + body)
+        await self._answer
+        if not self._received.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(self._received.decode())
+        self._received.clear()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if self._answer is not None and not self._answer.done() and self._whole():
+            self._answer.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(ConnectionError(f"the router closed the connection: {self._received[-500:]!r}"))
+
+    def _whole(self) -> bool:
+        if self._received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            return True
+        if len(self._received) > 1 << 16:  # of a long stream the head has been seen
+            return False
+        head, _, rest = bytes(self._received).partition(b"\r\n\r\n")
+        _, found, length = head.lower().partition(b"content-length: ")
+        return bool(found) and len(rest) == int(length.partition(b"\r\n")[0])
+
+
+async def raw(load: Load) -> Measured:
+    loop, host = asyncio.get_running_loop(), load.url.removeprefix("http://").rpartition(":")
+    connections = [
+        (await loop.create_connection(RawConnection, host[0], int(host[2])))[1] for _ in range(load.num_connections)
+    ]
+    bodies = iter([json.dumps({**load.fields(prompt), "ignore_eos": True}).encode() for prompt in load.prompts])
+    latencies: list[float] = []
+
+    async def client(connection: RawConnection) -> None:
+        for body in bodies:
+            began = time.perf_counter()
+            await connection.post(body)
+            latencies.append(time.perf_counter() - began)
+        connection.transport.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*map(client, connections))
+    return Measured(latencies, time.perf_counter() - began)
+
+
+async def openai_client(load: Load) -> Measured:
+    from openai import AsyncOpenAI
+
+    prompts: Iterator[Any] = iter(load.prompts)
+    latencies: list[float] = []
+    async with AsyncOpenAI(base_url=f"{load.url}/v1", api_key="none", timeout=300, max_retries=0) as openai:
+        name = (await openai.models.list()).data[0].id
+
+        async def client() -> None:
+            for prompt in prompts:
+                began = time.perf_counter()
+                answer: Any = await openai.completions.create(
+                    model=name, **load.fields(prompt), extra_body={"ignore_eos": True}
+                )
+                if load.stream:
+                    async for _ in answer:
+                        pass
+                latencies.append(time.perf_counter() - began)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(load.num_connections)))
+        return Measured(latencies, time.perf_counter() - began)
+
+
+def generate(client: Any, load: Load) -> Measured:
+    """In the load generator's process."""
+    return uvloop.run(client(load))
+
+
+class Router:
+    """The processes that `baton router` runs as."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+
+    def cpu(self) -> float:
+        every = [self._process, *self._process.children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in every)
+
+    def pids(self) -> set[int]:
+        return {self._process.pid, *(child.pid for child in self._process.children(recursive=True))}
+
+
+def pin(pids: set[int], cores: set[int]) -> None:
+    for pid in pids:
+        for thread in psutil.Process(pid).threads():
+            os.sched_setaffinity(thread.id, cores)
+
+
+def pin_apart(router: Router, cluster: LocalCluster, num_cores: int) -> None:
+    """The router gets the first cores, the workers and this process (and so the load generator) the rest."""
+    cores = sorted(os.sched_getaffinity(0))
+    ours, rest = set(cores[:num_cores]), set(cores[num_cores:])
+    if rest:
+        pin(router.pids(), ours)
+        pin({pid for name, pid in cluster.pids.items() if name != "router"} | {os.getpid()}, rest)
+
+
+def make_spec(args: argparse.Namespace, model: str, run_dir: str) -> ClusterSpec:
+    return ClusterSpec.model_validate(
+        {
+            "model": model,
+            "engine": "simulated",
+            "run_dir": run_dir,
+            "kv_cache": {"num_blocks": 100_000},
+            "scheduler": {"max_batch_tokens": 8192, "max_num_seqs": 512},
+            "simulated": {
+                "prefill_tokens_per_s": 1e9,
+                "step_base_s": args.step_ms / 1e3,
+                "decode_s_per_sequence": 0.0,
+                "vocab_size": load_tokenizer(Path(model)).vocab_size,  # every token has text
+            },
+            "prefill": {"replicas": args.workers},
+            "decode": {"replicas": args.workers},
+            "router": {"port": 0, "workers": args.processes},
+        }
+    )
+
+
+class Prompts:
+    """Texts, or lists, of exactly `length` tokens that have nothing in common."""
+
+    def __init__(self, model: str, length: int, *, ids: bool, seed: int) -> None:
+        self._tokenizer = load_tokenizer(Path(model))
+        self._rng = random.Random(seed)
+        self._length = length
+        self._ids = ids
+
+    def make(self, count: int) -> list[Any]:
+        return [self._one() for _ in range(count)]
+
+    def _one(self) -> Any:
+        text = " ".join(self._rng.choices(WORDS, k=self._length))
+        ids = self._tokenizer.encode(text)[: self._length]
+        return ids if self._ids else self._tokenizer.decode(ids)
+
+
+class Bench:
+    def __init__(self, url: str, router: Router, pool: ProcessPoolExecutor, prompts: Prompts, stream: bool) -> None:
+        self._url = url
+        self._router = router
+        self._pool = pool
+        self._prompts = prompts
+        self._stream = stream
+
+    async def run(self, client: Any, num_connections: int, num_requests: int, num_output: int) -> Measured:
+        load = Load(self._url, self._prompts.make(num_requests), num_connections, num_output, self._stream)
+        before = self._router.cpu()
+        measured = await asyncio.get_running_loop().run_in_executor(self._pool, partial(generate, client, load))
+        return replace(measured, cpu=self._router.cpu() - before)
+
+    async def at(self, name: str, client: Any, num_connections: int, num_requests: int, num_output: int) -> None:
+        got = await self.run(client, num_connections, num_requests, num_output)
+        each_ms = 1e3 * got.cpu / num_requests
+        ranked = sorted(got.latencies)
+        print(
+            f"{name:>7} {num_connections:4d} connections: {each_ms:5.2f} ms CPU a request "
+            f"({each_ms / TARGET_REQUEST_MS:4.2f} of the target {TARGET_REQUEST_MS}), "
+            f"{num_requests / got.elapsed:5.0f} requests/s, "
+            f"p50 {1e3 * statistics.median(ranked):6.2f} ms, p99 {1e3 * ranked[int(0.99 * len(ranked))]:6.2f} ms",
+            flush=True,
+        )
+
+    async def floor(self, num_output: int) -> None:
+        got = await self.run(raw, 1, NUM_FLOOR, num_output)
+        floor_ms = 1e3 * statistics.median(got.latencies)
+        print(f"latency floor: {floor_ms:.2f} ms ({floor_ms / TARGET_FLOOR_MS:.2f} of the target {TARGET_FLOOR_MS})")
+
+    async def token(self, num_connections: int, short: int, long: int) -> None:
+        """The slope between answers of two lengths."""
+        few = await self.run(raw, num_connections, 2 * num_connections, short)
+        many = await self.run(raw, num_connections, 2 * num_connections, long)
+        token_us = 1e6 * (many.cpu - few.cpu) / (2 * num_connections * (long - short))
+        print(
+            f"long streams, {num_connections} connections, {long} tokens: {token_us:.1f} us CPU an output token "
+            f"({token_us / TARGET_TOKEN_US:.2f} of the target {TARGET_TOKEN_US:.0f}), "
+            f"{2 * num_connections * long / many.elapsed:.0f} tokens/s"
+        )
+
+
+async def measure(bench: Bench, args: argparse.Namespace) -> None:
+    await bench.run(raw, 8, 200, args.output)  # warm
+    await bench.floor(args.output)
+    for num_connections in args.connections:
+        await bench.at("raw", raw, num_connections, min(args.requests, 400 * num_connections), args.output)
+    for num_connections in () if args.raw_only else args.connections:
+        await bench.at("openai", openai_client, num_connections, min(args.requests // 3, 1024), args.output)
+    for num_connections in args.connections[1:]:
+        await bench.token(num_connections, args.output, args.long)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint whose tokenizer the router loads; the demo's if not given")
+    parser.add_argument("--input", type=int, default=865, help="prompt tokens")
+    parser.add_argument("--output", type=int, default=16, help="output tokens")
+    parser.add_argument("--long", type=int, default=512, help="output tokens of the long streams")
+    parser.add_argument("--requests", type=int, default=3000, help="in each row, fewer where they take longer")
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--workers", type=int, default=1, help="workers of each role")
+    parser.add_argument("--processes", type=int, default=1, help="router.workers; the router gets as many cores")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="time of a worker's step")
+    parser.add_argument("--ids", action="store_true", help="send token ids in place of text")
+    parser.add_argument("--whole", action="store_true", help="answers in one body, not streams")
+    parser.add_argument("--raw-only", action="store_true", help="without the openai client")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model = args.model or str(demo_model())
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
+        async with LocalCluster(make_spec(args, model, str(Path(scratch) / "run"))) as cluster:
+            router = Router(cluster.pids["router"])
+            pin_apart(router, cluster, args.processes)
+            form = f"{'ids' if args.ids else 'text'}, {'whole' if args.whole else 'streamed'}"
+            print(f"{args.input} tokens in ({form}), {args.output} out, {args.workers}P{args.workers}D")
+            prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
+            await measure(Bench(cluster.url, router, pool, prompts, not args.whole), args)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
