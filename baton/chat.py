@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from baton.demo_model import DEMO_NAME, demo_model
 from baton.llm import LLM
 from baton.outputs import Message
 from cluster.spec_errors import SpecError
@@ -91,7 +92,9 @@ def _lines(read: Callable[[], str], console: Console) -> Iterator[str]:
 
 
 def chat_command(
-    url: Annotated[str | None, typer.Option(help=f"Server to talk to. [default: {DEFAULT_URL}]")] = None,
+    url: Annotated[
+        str | None, typer.Option(help=f"Server to talk to. [default: {DEFAULT_URL}, if one is there]")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Run this checkpoint (path or hub id) here; with --url: the model's name there.")
     ] = None,
@@ -103,13 +106,11 @@ def chat_command(
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="BATON_API_KEY", help="The server's key.")] = None,
 ) -> None:
-    """Chat with a model: on a running server, or run in this process with --model."""
+    """Chat with a model: on a running server, or run in this process with --model; with neither, a small one."""
     console = Console(stderr=True, highlight=False)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    if url is None and model is None:
-        url = DEFAULT_URL
     try:
-        with LLM(model, url=url, api_key=api_key) as llm:
+        with _open(model, url, api_key, console) as llm:
             chat = Chat(llm, params, system, _write)
             if once is not None:
                 chat.ask(once)
@@ -123,6 +124,17 @@ def chat_command(
     except (*FAILURES, SpecError, ValueError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
+
+
+def _open(model: str | None, url: str | None, api_key: str | None, console: Console) -> LLM:
+    """What was asked for; when nothing was, the server on this machine, or else the model that comes with Baton."""
+    if url is None and model is None:
+        try:
+            return LLM(url=DEFAULT_URL, api_key=api_key)
+        except ConnectionError:
+            console.print(f"No server at {DEFAULT_URL}: {DEMO_NAME} answers, in this process.", style="dim")
+            model = str(demo_model())
+    return LLM(model, url=url, api_key=api_key)
 
 
 def _write(text: str) -> None:

@@ -7,7 +7,6 @@ processes belong to `LocalCluster`, which ends them however this ends.
 
 import asyncio
 import json
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from baton.demo_checkpoint import cache_dir, ensure_demo_checkpoint
+from baton.demo_model import DEMO_NAME, demo_model
 from baton.llm_remote import events, raise_for_error
 from cluster.checkpoint import resolve_model
 from cluster.launcher import LocalCluster
@@ -44,7 +43,6 @@ FAILURES = (
     httpx.HTTPError,
     ValueError,
 )
-UNTRAINED = "The demo's own checkpoint is untrained: the path is the real one, the text is gibberish."
 QUESTION = "In your own words, what does the text above say? Begin with the most important point."
 TEXT = """\
 Serving a large language model is two different jobs. Prefill reads the whole prompt at once: every token of it goes \
@@ -67,7 +65,9 @@ the router sends what was already written to another one, which goes on from the
 def demo_command(
     model: Annotated[
         str | None,
-        typer.Option(envvar="MODEL", help="Checkpoint to serve: a directory or a hub id. [default: a tiny one]"),
+        typer.Option(
+            envvar="MODEL", help="Checkpoint to serve: a directory or a hub id. [default: Baton's own small one]"
+        ),
     ] = None,
     port: Annotated[int, typer.Option(envvar="PORT", min=0, max=65535, help="HTTP port; 0: any free one.")] = 8000,
     once: Annotated[bool, typer.Option("--once", help="Show one answer and stop everything.")] = False,
@@ -75,8 +75,8 @@ def demo_command(
     """Start a small cluster here, watch one request go through it, and keep it serving."""
     console = Console(highlight=False)
     try:
-        path = _checkpoint(model, console)
-        asyncio.run(_demo(demo_spec(path, model, port), path, console, trained=bool(model), once=once))
+        path = resolve_model(model) if model else demo_model()
+        asyncio.run(_demo(demo_spec(path, model, port), path, console, once=once))
     except (KeyboardInterrupt, asyncio.CancelledError):
         pass
     except FAILURES as error:
@@ -90,7 +90,7 @@ def demo_spec(path: Path, model: str | None, port: int) -> ClusterSpec:
         {
             "model": str(path),
             "name": "demo",
-            "served_model_name": _public_name(model) if model else "baton-demo",
+            "served_model_name": _public_name(model) if model else DEMO_NAME,
             "kv_cache": {"memory": "256MiB"},
             "prefill": {"replicas": 1, "scheduler": {"max_batch_tokens": CHUNK_TOKENS}},
             "decode": {"replicas": 1},
@@ -104,23 +104,11 @@ def _public_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def _checkpoint(model: str | None, console: Console) -> Path:
-    if model:
-        return resolve_model(model)
-    path = cache_dir(os.environ)
-    if not path.is_dir():
-        with console.status("making a small checkpoint (once)"):
-            ensure_demo_checkpoint(path)
-    return path
-
-
-async def _demo(spec: ClusterSpec, path: Path, console: Console, *, trained: bool, once: bool) -> None:
+async def _demo(spec: ClusterSpec, path: Path, console: Console, *, once: bool) -> None:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with LocalCluster(spec, progress=True) as cluster:
-        if not trained:
-            console.print(UNTRAINED, style="dim")
         model, chat = spec.public_model_name, has_chat_template(path)
         timeline, num_tokens = await show_answer(cluster.url, model, console, chat=chat)
         console.print(timeline_table(timeline, num_tokens))

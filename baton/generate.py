@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from baton.batch_lines import Task, done_line, failed_line, parse_line, recorded_id
+from baton.demo_model import demo_model
 from baton.llm import LLM
 from baton.outputs import Job, RequestOutput
 from baton.progress import Count, throughput_bar
@@ -100,7 +101,10 @@ def generate_command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUTPUT.jsonl", help="File to write.")],
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint (path or hub id) to run here; with --url: the model's name there.")
+        str | None,
+        typer.Option(
+            help="Checkpoint (path or hub id) to run here; with --url: its name there. [default: Baton's own small one]"
+        ),
     ] = None,
     url: Annotated[str | None, typer.Option(help="Server to ask, such as http://127.0.0.1:8000.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that exists.")] = False,
@@ -136,7 +140,7 @@ def generate_command(
         with (
             source.open("rb") as lines,
             LLM(
-                model,
+                model if model or url else str(demo_model()),
                 url=url,
                 max_num_seqs=max_num_seqs,
                 kv_cache_memory=kv_cache_memory,

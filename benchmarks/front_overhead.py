@@ -9,7 +9,6 @@ import asyncio
 import json
 import multiprocessing
 import statistics
-import tempfile
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +17,7 @@ import psutil
 import uvloop
 from prometheus_client import CollectorRegistry
 
+from baton.demo_model import demo_model
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
 from router.generation import Delta, ModelCard, Timeline
@@ -108,7 +108,7 @@ async def measure(port: int, server: psutil.Process, args: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", help="checkpoint with a tokenizer; without it the tests' small tokenizer")
+    parser.add_argument("--model", default=str(demo_model()), help="checkpoint with a tokenizer")
     parser.add_argument("--input", type=int, default=800, help="words in the prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens that the slope is taken over")
     parser.add_argument("--concurrency", type=int, default=16)
@@ -117,21 +117,14 @@ def main() -> None:
     parser.add_argument("--logprobs", action="store_true")
     parser.add_argument("--stop", action="store_true", help="with two stop strings")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.model is None:
-            from tests.checkpoints import make_tokenizer
-
-            make_tokenizer(Path(scratch), 512)
-        ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        server = multiprocessing.get_context("spawn").Process(
-            target=run_server, args=(args.model or scratch, theirs), daemon=True
-        )
-        server.start()
-        try:
-            asyncio.run(measure(ours.recv(), psutil.Process(server.pid), args))
-        finally:
-            server.terminate()
-            server.join()
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=run_server, args=(args.model, theirs), daemon=True)
+    server.start()
+    try:
+        asyncio.run(measure(ours.recv(), psutil.Process(server.pid), args))
+    finally:
+        server.terminate()
+        server.join()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ acknowledges at once.
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from baton.demo_checkpoint import cache_dir, ensure_demo_checkpoint
+from baton.demo_model import demo_model
 from cluster.launcher import LocalCluster
 from cluster.spec import ClusterSpec
 
@@ -122,7 +121,7 @@ async def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as run_dir:
-        model = args.model or str(ensure_demo_checkpoint(cache_dir(os.environ)))
+        model = args.model or str(demo_model())
         spec = make_spec(model, args.workers, str(Path(run_dir) / "run"))
         async with LocalCluster(spec) as cluster:
             await measure(cluster.url, args)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.demo_model evaluate corpus.json.gz model-directory evaluation.json
 
-All questions are worded in ways that training never used, and sums are of numbers it never added. Answers are greedy.
+Questions come once in wordings that training never used, with sums of numbers it never added, and once in wordings
+that it did use. Answers are greedy.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def is_json(answer: str, _expected: str) -> float:
     return 1.0
 
 
-def measures(dialogues: Dialogues, count: int) -> Iterator[Measure]:
+def measures(dialogues: Dialogues, count: int, *, held_out: bool) -> Iterator[Measure]:
+    """Questions in wordings that training never saw, or in those it knows."""
     rng = random.Random(SEED)
     known = [fact for fact in dialogues.library.trained if fact.summary and fact.common]
     asked: list[tuple[str, Score, Patterns, Callable[[Fact], str], Sequence[Fact]]] = [
@@ -93,12 +95,12 @@ def measures(dialogues: Dialogues, count: int) -> Iterator[Measure]:
     ]
     for name, score, patterns, reply, facts in asked:
         chosen = rng.sample(facts, min(count, len(facts)))
-        turns = [(ask(rng, patterns, held_out=True, x=fact.name), reply(fact)) for fact in chosen]
+        turns = [(ask(rng, patterns, held_out=held_out, x=fact.name), reply(fact)) for fact in chosen]
         yield Measure(name, score, [_prompt(turn) for turn in turns])
-    unknown = [dialogues.library.unknown(rng, held_out=True) for _ in range(count)]
+    unknown = [dialogues.library.unknown(rng, held_out=held_out) for _ in range(count)]
     yield Measure("names that do not exist, refused", exact, [_prompt(turn) for turn in unknown])
     made: list[tuple[str, Score, Callable[[random.Random, bool], tuple[str, str]]]] = [
-        ("sums of new numbers", exact, tasks.arithmetic),
+        ("sums", exact, tasks.arithmetic),
         ("word problems", exact, tasks.story),
         ("numbers: order, parity, largest", exact, tasks.numbers),
         ("letters of words", exact, tasks.word_task),
@@ -109,9 +111,9 @@ def measures(dialogues: Dialogues, count: int) -> Iterator[Measure]:
         ("JSON from a sentence", exact, json_tasks.extract),
     ]
     for name, score, make in made:
-        yield Measure(name, score, [_prompt(make(rng, True)) for _ in range(count)])
+        yield Measure(name, score, [_prompt(make(rng, held_out)) for _ in range(count)])
     for name, kind in (("the right tool call", "tool"), ("a sentence of a text", "reading")):
-        few = [dialogues.make(rng, kind, held_out=True) for _ in range(count)]
+        few = [dialogues.make(rng, kind, held_out=held_out) for _ in range(count)]
         yield Measure(name, exact, [_first_turn(dialogue) for dialogue in few])
 
 
@@ -186,16 +188,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="prompts of each measure")
     args = parser.parse_args()
     content = corpus.load(args.corpus)
-    found: dict[str, Any] = {"losses": losses(content, args.model / "tokenizer.json", args.model), "scores": {}}
+    found: dict[str, Any] = {"losses": losses(content, args.model / "tokenizer.json", args.model)}
     num_prompts = num_closed = 0
     tokenizer = load_tokenizer(args.model)
     with LLM(str(args.model), device="cpu", kv_cache_memory="512MiB") as llm:
-        for measure in measures(Dialogues(content), args.count):
-            score, closed = run(llm, tokenizer, measure)
-            found["scores"][measure.name] = {"score": score, "prompts": len(measure.prompts)}
-            num_prompts, num_closed = num_prompts + len(measure.prompts), num_closed + closed
-            print(f"{score:6.1%}  {measure.name}", flush=True)
-        found["closed"] = {"score": num_closed / num_prompts, "prompts": num_prompts}
+        for wordings in ("held-out", "known"):
+            scores = found[f"{wordings} wordings"] = {}
+            for measure in measures(Dialogues(content), args.count, held_out=wordings == "held-out"):
+                scores[measure.name], closed = run(llm, tokenizer, measure)
+                num_prompts, num_closed = num_prompts + len(measure.prompts), num_closed + closed
+                print(f"{scores[measure.name]:6.1%}  {wordings}: {measure.name}", flush=True)
+        found |= {"count": args.count, "num_closed": num_closed, "num_answers": num_prompts}
         found["conversations"] = [converse(llm, prompt) for prompt in PROMPTS]
     args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{num_closed / num_prompts:6.1%}  turns closed; losses {found['losses']}")

@@ -4,6 +4,8 @@
 
 Batches are dialogues, made on the way, and a share of documents that falls. The schedule follows the time that has
 passed (or the steps, with --steps, for a run that can be repeated exactly), so that it always ends where it should.
+The defaults are what ended best after 20 seconds on one H200, by the loss of held-out wordings: Muon at a rate of 4e-3
+0.771, at 2e-3 1.322, AdamW at 2e-3 2.502.
 Training processes start through the package's `__main__`, so that those which make dialogues do not import torch.
 Writes the model every minute and at the end, and train.json with the losses and some answers.
 """
@@ -226,9 +228,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="of training, compiling not counted")
     parser.add_argument("--steps", type=int, default=0, help="instead of minutes")
     parser.add_argument("--rows", type=int, default=64, help=f"rows of {windows.WINDOW} tokens in a batch")
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--attention", choices=("flash", "cudnn"), default="flash")
+    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
+    parser.add_argument("--attention", choices=("flash", "cudnn"), default="cudnn")
     parser.add_argument("--no-answers", action="store_true", help="to the fixed prompts, at the end")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     run = Trainer(parser.parse_args()).train()

@@ -1,18 +1,21 @@
 """What FP8 weights and FP8 KV cost in accuracy against bfloat16, through the executor.
 
-Makes random weights for a Llama of --layers layers in the shape of Llama-3-8B (or takes the checkpoint --model),
-feeds the same random token ids to each variant, a prompt in chunks and the rest token by token, and compares the
-logits of every position: the mean Kullback-Leibler divergence of the next-token distributions, how often the most
-likely token is the same, and the largest error of a logit. The noise of bfloat16 itself is the first row: the same
-weights with the prompt cut otherwise. Random weights have flat distributions and no outliers, so that a trained
-checkpoint may lose more or less.
+Makes random weights for a Llama of --layers layers in the shape of Llama-3-8B and random token ids (or takes the
+checkpoint --model, such as baton/demo_weights, and text: Python's language reference), feeds the same to each variant,
+a prompt in chunks and the rest token by token, and compares the logits of every position: the mean Kullback-Leibler
+divergence of the next-token distributions, how often the most likely token is the same, and the largest error of a
+logit. The noise of bfloat16 itself is the first row: the same weights with the prompt cut otherwise. Random weights
+have flat distributions and no outliers, so that a trained checkpoint may lose more or less.
 """
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 from engine.executors.base import Batch, Chunk
 from engine.executors.torch_executor import TorchConfig, TorchExecutor
 from engine.request import RequestId
+from router.tokenizer import load_tokenizer
 
 BLOCK_SIZE = 16
 HEAD_DIM = 128
@@ -43,6 +47,17 @@ def write_config(path: Path, args: argparse.Namespace) -> Path:
     }
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def text_ids(path: Path) -> Iterator[int]:
+    """Without end."""
+    return itertools.cycle(load_tokenizer(path).encode("\n\n".join(topics.values()), add_special_tokens=False))
+
+
+def random_ids(vocab_size: int) -> Iterator[int]:
+    rng = random.Random(0)
+    while True:
+        yield rng.randrange(vocab_size)
 
 
 def all_logits(path: Path, args: argparse.Namespace, chunk: int, **options: Any) -> Tensor:
@@ -68,9 +83,9 @@ def all_logits(path: Path, args: argparse.Namespace, chunk: int, **options: Any)
         return logits
 
     executor._model.logits = record
-    rng = random.Random(0)
     # One more than is fed: the last position, too, is asked about its next token.
-    sequences = [[rng.randrange(executor.vocab_size) for _ in range(length + 1)] for _ in range(args.sequences)]
+    ids = text_ids(path) if args.model else random_ids(executor.vocab_size)
+    sequences = [list(itertools.islice(ids, length + 1)) for _ in range(args.sequences)]
     ends = [*range(chunk, args.prompt, chunk), *range(args.prompt, length + 1)]
     steps = []
     for start, end in zip([0, *ends], ends, strict=False):

@@ -100,6 +100,14 @@ def test_without_a_server_the_message_says_where_it_looked():
     assert "http://127.0.0.1:9" in result.output
 
 
+def test_without_server_and_model_the_demos_answers(monkeypatch):
+    monkeypatch.setattr("baton.chat.DEFAULT_URL", "http://127.0.0.1:9")
+    result = CliRunner().invoke(app, ["--once", "What does os.path.join do?", "--temperature", "0"])
+    assert result.exit_code == 0, result.output
+    assert "No server at http://127.0.0.1:9" in result.stderr
+    assert "join" in result.stdout
+
+
 def test_a_bad_option_is_refused_before_anything_is_sent(checkpoint: Path):
     result = CliRunner().invoke(app, ["--model", str(checkpoint), "--once", "hello", "--top-p", "3"])
     assert result.exit_code == 1

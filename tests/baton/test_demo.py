@@ -1,96 +1,25 @@
-"""The demo's checkpoint, its one answer, and the table of that answer's timeline."""
+"""The demo's one answer, and the table of that answer's timeline."""
 
 import io
 import json
 import shlex
-import threading
-from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from rich.console import Console
 
-from baton import LLM, SamplingParams
 from baton.demo import TEXT, curl_line, demo_spec, has_chat_template, show_answer, timeline_table
-from baton.demo_checkpoint import cache_dir, ensure_demo_checkpoint, write_demo_checkpoint
+from baton.demo_model import demo_model
 from router.tokenizer import load_tokenizer
 from tests.baton.conftest import simulated
 from tests.baton.serving import serving
 
 
-@pytest.fixture(scope="module")
-def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_demo_checkpoint(tmp_path_factory.mktemp("cache") / "baton" / "demo")
-
-
-def test_the_checkpoint_is_the_same_bytes_every_time(demo_checkpoint, tmp_path):
-    write_demo_checkpoint(tmp_path)
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == sorted(file.name for file in demo_checkpoint.iterdir())
-    assert "model.safetensors" in names
-    for name in names:
-        assert (tmp_path / name).read_bytes() == (demo_checkpoint / name).read_bytes(), name
-
-
-@torch.inference_mode()
-def test_transformers_loads_it_and_gives_the_same_greedy_tokens(demo_checkpoint):
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo_checkpoint)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_checkpoint)
-    assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 15e6
-    messages = [{"role": "user", "content": "How does argparse read options?"}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    expected = model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist()
-    with LLM(str(demo_checkpoint), kv_cache_memory="8MiB", threads=1) as llm:
-        output = llm.chat(messages, SamplingParams(temperature=0, max_tokens=24))[0]
-    assert output.prompt_token_ids + output.outputs[0].token_ids == expected
-    assert output.outputs[0].text == tokenizer.decode(output.outputs[0].token_ids)
-    assert "\ufffd" not in output.outputs[0].text
-
-
-def test_the_demos_prompt_fills_several_blocks_and_chunks(demo_checkpoint):
-    spec = demo_spec(demo_checkpoint, None, 0)
-    num_tokens = len(load_tokenizer(demo_checkpoint).encode(TEXT))
+def test_the_demos_prompt_fills_several_blocks_and_chunks():
+    spec = demo_spec(demo_model(), None, 0)
+    num_tokens = len(load_tokenizer(demo_model()).encode(TEXT))
     assert num_tokens > 2 * spec.pool("prefill").max_batch_tokens
     assert num_tokens > spec.router.local_prefill_max_tokens + 10 * spec.block_size
     assert num_tokens < 1000
-
-
-def test_starts_that_race_each_other_end_with_one_whole_checkpoint(tmp_path, monkeypatch):
-    barrier = threading.Barrier(3)
-
-    def write(path: Path) -> None:
-        (path / "config.json").write_text("{}")
-        barrier.wait(10)
-        (path / "model.safetensors").write_text("weights")
-
-    monkeypatch.setattr("baton.demo_checkpoint.write_demo_checkpoint", write)
-    target = tmp_path / "baton" / "demo"
-    threads = [threading.Thread(target=ensure_demo_checkpoint, args=(target,)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert [path.name for path in target.parent.iterdir()] == ["demo"]
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_a_start_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    def write(path: Path) -> None:
-        (path / "config.json").write_text("{}")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("baton.demo_checkpoint.write_demo_checkpoint", write)
-    with pytest.raises(OSError, match="disk full"):
-        ensure_demo_checkpoint(tmp_path / "demo")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cache_follows_the_xdg_rules(tmp_path):
-    assert cache_dir({"XDG_CACHE_HOME": str(tmp_path)}).parent == tmp_path / "baton"
-    assert cache_dir({"XDG_CACHE_HOME": "relative"}) == cache_dir({})
-    assert cache_dir({}).is_relative_to(Path.home() / ".cache" / "baton")
 
 
 @pytest.mark.parametrize("chat", [True, False])
