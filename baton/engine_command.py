@@ -143,8 +143,7 @@ def build(
         library = library_for(wanted)
         check_target(library, wanted, refittable=refit)
         asked = asked_for(target, dtype)
-        loaded = load_layers(asked, console)
-        check_fp8(loaded, wanted)
+        loaded = load_layers(asked, console, wanted)
         profile = profile_for(asked, loaded, tokens, past)
         options = EngineOptions(profile, wanted, refit, workspace << 20 if workspace else None)
         ends = group_ends(loaded, layers_per_engine)
@@ -209,8 +208,9 @@ def refit(
         from engine.executors.tensorrt.prepare import range_name, refit_file
 
         key = read_engine(engine).key
-        library = library_for(Capability.parse(key.capability))
-        loaded = load_layers(Asked(checkpoint, dtype=key.dtype), console)
+        capability = Capability.parse(key.capability)
+        library = library_for(capability)
+        loaded = load_layers(Asked(checkpoint, dtype=key.dtype), console, capability)
         cache = EngineCache(output or engine.parent)
         with console.status(range_name(key.first_layer, key.end_layer)):
             refitted = refit_file(engine, loaded, library, cache)
@@ -275,8 +275,9 @@ def library_for(capability: "Capability | None") -> "Library":
     return load_library("tensorrt", capability or here, ahead=here is None or (capability or here) != here)
 
 
-def load_layers(asked: Asked, console: Console) -> "Loaded":
-    """The model, on this machine's GPU if it has one: an FP8 checkpoint stays FP8 only there."""
+def load_layers(asked: Asked, console: Console, target: "Capability | None" = None) -> "Loaded":
+    """The model, on this machine's GPU if it has one. What is FP8 stays it for GPUs of `target` that multiply it, None:
+    for this machine's."""
     import torch
 
     from engine.executors.model_loading import choose_dtype, load
@@ -287,18 +288,7 @@ def load_layers(asked: Asked, console: Console) -> "Loaded":
     dtype = choose_dtype(asked.dtype, config, torch.device("cuda"))  # for a GPU, wherever it is loaded
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     with loading_bar(console) as progress:
-        return load(path, config, dtype, device, dummy=asked.load == "dummy", progress=progress)
-
-
-def check_fp8(loaded: "Loaded", capability: "Capability | None") -> None:
-    """Raises ValueError for an engine that no worker would use: a CPU loads FP8 weights in another type."""
-    from engine.layers.fp8 import FIRST_CAPABILITY
-
-    device = next(loaded.model.parameters()).device
-    if loaded.model.config.quantization is not None and device.type == "cpu" and (capability or ()) >= FIRST_CAPABILITY:
-        raise ValueError(
-            f"the engines of an FP8 model for GPUs of {capability} are compiled on one; there is none here"
-        )
+        return load(path, config, dtype, device, dummy=asked.load == "dummy", progress=progress, target=target)
 
 
 def profile_for(asked: Asked, loaded: "Loaded", tokens: int | None, past: int | None) -> "Profile":

@@ -38,6 +38,7 @@ VOLATILE_CONFIG_FIELDS = ("_name_or_path", "transformers_version")
 KV_SCALE_NAMES = ("{0}_scale", "{0}_proj.{0}_scale", "{0}_proj.output_scale")
 
 Progress = Callable[[int, int], None]  # bytes loaded so far, bytes in all
+Target = tuple[int, int] | None  # the compute capability of the GPU that a model is loaded for, if not the device here
 KvScales = tuple[tuple[float, float], ...]  # of the keys and values of each layer: a value is its FP8 times the scale
 
 logger = logging.getLogger(__name__)
@@ -68,19 +69,24 @@ class Plan:
 
 
 def load_weights(
-    model: nn.Module, path: Path, progress: Progress | None = None, quantization: Quantization | None = None
+    model: nn.Module,
+    path: Path,
+    progress: Progress | None = None,
+    quantization: Quantization | None = None,
+    target: Target = None,
 ) -> KvScales:
     """Load the checkpoint in directory `path`, cast to the parameters' types, and finalize the layers.
 
     `quantization` is that of the model's config. Where the device has no FP8 products for a layer, its FP8 weights
-    become what they stand for in the model's type. Returns the scales for FP8 keys and values, one where the
+    become what they stand for in the model's type; `target` is asked instead where it is given, and a model with FP8
+    layers on another device can be exported but not run. Returns the scales for FP8 keys and values, one where the
     checkpoint has none.
     """
     entries = read_entries(path)
     plan = make_plan(model, {entry.name for entry in entries}, quantization)
     _check_names(plan, {entry.name for entry in entries})
     scales = _read_scales(plan, entries)
-    _allocate(list(plan.matrices.values()))
+    _allocate(list(plan.matrices.values()), target)
     total, done = sum(entry.size for entry in entries), 0
     for file, tensors_of_file in _by_file(entries):
         with open_tensors(file) as tensors:
@@ -96,15 +102,18 @@ def load_weights(
     return tuple((_kv_scale(scales, k), _kv_scale(scales, v)) for k, v in plan.kv_scales)
 
 
-def dummy_weights(model: nn.Module, seed: int = 0, quantization: Quantization | None = None) -> None:
+def dummy_weights(
+    model: nn.Module, seed: int = 0, quantization: Quantization | None = None, target: Target = None
+) -> None:
     """Random weights, made on the parameters' device, and finalize the layers.
 
     Matrices are uniform with a standard deviation of 1/sqrt(row length), so that activations and logits keep the
     size of their inputs; norms do nothing. Each parameter has a stream of its own, from `seed` and its name: equal
     on every worker of one kind of device, whichever layers it holds. Another kind of device gives other weights.
+    `target` as for `load_weights`.
     """
     matrices = make_plan(model, set(), quantization).matrices.values()
-    _allocate(list(matrices))
+    _allocate(list(matrices), target)
     layers = {id(matrix.layer): matrix.scheme for matrix in matrices}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -293,8 +302,8 @@ def _kv_scale(scales: Mapping[str, Tensor], name: str | None) -> float:
     return 1.0 if name is None else scales[name].item()
 
 
-def _allocate(matrices: Iterable[Matrix]) -> None:
-    """A layer is FP8 if all its matrices are and its device can multiply it so."""
+def _allocate(matrices: Iterable[Matrix], target: Target) -> None:
+    """A layer is FP8 if all its matrices are and its device, or the target, can multiply it so."""
     layers: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         layers.setdefault(id(matrix.layer), []).append(matrix)
@@ -302,7 +311,7 @@ def _allocate(matrices: Iterable[Matrix]) -> None:
     for members in layers.values():
         layer = members[0].layer
         is_fp8 = all(matrix.scheme is not None for matrix in members)
-        reason = why_not_fp8(layer.device, layer.dtype, *layer.weight.shape) if is_fp8 else None
+        reason = why_not_fp8(layer.device, layer.dtype, *layer.weight.shape, target=target) if is_fp8 else None
         reasons += [reason] if reason else []
         layer.allocate(fp8=is_fp8 and reason is None)
     if reasons:

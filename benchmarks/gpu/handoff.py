@@ -2,8 +2,10 @@
 batch slow down while it runs. One prefill and one decode worker, which share the card where there is one.
 
 Prefills with a transfer take turns with the same prefills without (they ask for one token, so nobody decodes). First
-one at a time, with nothing else: the hidden share, and the prefill's slow-down. Then two at a time, without a pause,
-while --decodes sequences decode: their rate beside prefills that move KV against prefills that do not.
+one at a time, with nothing else: the hidden share, and the prefill's slow-down. Then three at a time, without a pause,
+while --decodes sequences decode: their rate beside prefills that move KV against prefills that do not. The contexts of
+the decoding sequences are spread evenly, and windows come in the order without, with, with, without, so that it makes
+no difference how the contexts grow.
 
     python -m benchmarks.gpu.handoff
 """
@@ -29,7 +31,8 @@ from cluster.spec_file import parse_spec
 LENGTHS = {"llama-3-8b": [2048, 8192, 32768], "tiny": [256, 1024]}
 DECODE_INPUT = 32  # short enough for the decode worker to prefill it by itself
 DECODE_OUTPUT = {"llama-3-8b": 2048, "tiny": 256}
-NUM_AT_ONCE = 2  # prefills: the prefill worker always has one
+WINDOWS = ("without", "with", "with", "without")  # of a round
+NUM_AT_ONCE = 3  # prefills: the prefill worker always has one, also while a client waits for a second token
 TOKENS = {"without": 1, "with": 2}  # that a prefill asks for, without and with a transfer
 COLUMNS = {
     "prompt": ",d",
@@ -53,7 +56,7 @@ async def main() -> None:
     options.add_argument("--lengths", nargs="+", type=int, help="prompt tokens (default: those of the shape)")
     options.add_argument("--decodes", type=int, default=64, help="sequences that decode meanwhile (0: none)")
     options.add_argument("--rounds", type=int, default=5, help="of each kind, medians count (default: %(default)s)")
-    options.add_argument("--window", type=float, default=2.0, help="seconds a decode rate is taken over")
+    options.add_argument("--window", type=float, default=1.0, help="seconds of a decode rate, at least two prefills")
     options.add_argument("--transport", default="auto", help="transfer.transport of the spec (default: %(default)s)")
     args = options.parse_args()
     rows = []
@@ -63,7 +66,7 @@ async def main() -> None:
             row = await alone(load)
             if args.decodes:
                 async with load.decoding():
-                    row |= await beside_decodes(load)
+                    row |= await beside_decodes(load, max(args.window, 2e-3 * row["prefill ms"]))
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)  # a run that is cut short has shown these
     show(args, None, COLUMNS, rows)
@@ -116,9 +119,11 @@ class Load:
     @contextlib.asynccontextmanager
     async def decoding(self) -> AsyncIterator[None]:
         """Every one of them has its first token on entering."""
-        tasks = [asyncio.create_task(self._decode()) for _ in range(self.args.decodes)]
+        num = self.args.decodes
+        output = DECODE_OUTPUT[self.args.config]
+        tasks = [asyncio.create_task(self._decode(DECODE_INPUT + output * i // num)) for i in range(num)]
         try:
-            while sum(bool(answer.times) for answer in self._running) < self.args.decodes:
+            while sum(bool(answer.times) for answer in self._running) < num:
                 await asyncio.sleep(0.05)
                 for task in tasks:
                     if task.done():
@@ -130,9 +135,12 @@ class Load:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._running.clear()
 
-    async def _decode(self) -> None:
+    async def _decode(self, num_input: int) -> None:
+        """One after the other, of one length. The first begins where another would be by now."""
+        end = DECODE_INPUT + DECODE_OUTPUT[self.args.config]
         while True:
-            body = random_completion(self._rng, self._vocab_size, DECODE_INPUT, DECODE_OUTPUT[self.args.config])
+            body = random_completion(self._rng, self._vocab_size, num_input, end - num_input)
+            num_input = DECODE_INPUT
             answer = Answer()
             self._running.add(answer)
             await self._client.complete(body, answer)
@@ -168,19 +176,29 @@ async def alone(load: Load) -> dict[str, Any]:
     }
 
 
-async def beside_decodes(load: Load) -> dict[str, Any]:
-    rates: dict[str, list[float]] = {"alone": [], **{kind: [] for kind in TOKENS}}
+async def beside_decodes(load: Load, window_s: float) -> dict[str, Any]:
+    alone_rates, without, moved, slowed = [], [], [], []
     for _ in range(load.args.rounds):
-        for kind in rates:
-            rates[kind].append(await decode_rate(load, kind))
-    alone_rate, plain, moved = (middle(rates[kind]) for kind in ("alone", *TOKENS))
-    return {"alone/s": alone_rate, "decode/s": plain, "with/s": moved, "slowed": 1 - moved / plain}
+        alone_rates.append(await decode_rate(load, "alone", window_s))
+        rates: dict[str, list[float]] = {kind: [] for kind in TOKENS}
+        for kind in WINDOWS:
+            rates[kind].append(await decode_rate(load, kind, window_s))
+        without += rates["without"]
+        moved += rates["with"]
+        slowed.append(1 - sum(rates["with"]) / sum(rates["without"]))
+    return {
+        "alone/s": middle(alone_rates),
+        "decode/s": middle(without),
+        "with/s": middle(moved),
+        "slowed": middle(slowed),
+        "each": slowed,
+    }
 
 
-async def decode_rate(load: Load, kind: str) -> float:
+async def decode_rate(load: Load, kind: str, window_s: float) -> float:
     """Tokens a second of all decoding sequences while prefills of this kind run."""
     before, began = load.num_decoded, time.perf_counter()
-    end = began + load.args.window
+    end = began + window_s
     num_at_once = 0 if kind == "alone" else NUM_AT_ONCE
     prefills = [asyncio.create_task(load.prefills_until(kind, end)) for _ in range(num_at_once)]
     await asyncio.sleep(end - time.perf_counter())

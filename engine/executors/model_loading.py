@@ -12,6 +12,7 @@ from engine.models.registry import MAKERS
 from engine.weights import (
     KvScales,
     Progress,
+    Target,
     dummy_model_hash,
     dummy_weights,
     has_own_head,
@@ -27,16 +28,24 @@ class Loaded(NamedTuple):
 
 
 def load(
-    path: Path, config: ModelConfig, dtype: str, device: torch.device, *, dummy: bool, progress: Progress | None
+    path: Path,
+    config: ModelConfig,
+    dtype: str,
+    device: torch.device,
+    *,
+    dummy: bool,
+    progress: Progress | None,
+    target: Target = None,
 ) -> Loaded:
-    """`dummy`: random weights for the config.json in `path`. Raises ValueError."""
+    """`dummy`: random weights for the config.json in `path`. `target` decides instead of `device` which layers are FP8:
+    the model can be exported for such GPUs, and perhaps not run here. Raises ValueError."""
     torch_dtype: torch.dtype = getattr(torch, dtype)
     try:
         if not dummy:
-            model, kv_scales = _load(path, config, torch_dtype, device, progress)
+            model, kv_scales = _load(path, config, torch_dtype, device, progress, target)
             return Loaded(model, model_hash(path, config.quantization), kv_scales)
         model = make_model(config, torch_dtype, device)
-        dummy_weights(model, quantization=config.quantization)
+        dummy_weights(model, quantization=config.quantization, target=target)
         return Loaded(model, dummy_model_hash(config, device), None)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
@@ -53,12 +62,17 @@ def load_model(
 
 
 def _load(
-    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+    target: Target = None,
 ) -> tuple[CausalLM, KvScales]:
     if config.tie_word_embeddings and has_own_head(path):
         config = replace(config, tie_word_embeddings=False)
     model = make_model(config, dtype, device)
-    return model, load_weights(model, path, progress, config.quantization)
+    return model, load_weights(model, path, progress, config.quantization, target)
 
 
 def make_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> CausalLM:

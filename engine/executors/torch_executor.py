@@ -36,7 +36,7 @@ from engine.executors.model_loading import Loaded, choose_dtype, load, load_mode
 from engine.executors.queued_step import GroupMarks, QueuedStep, step_result
 from engine.executors.step_forward import StepForward, TorchForward
 from engine.executors.tensorrt.forward import PrefillForward
-from engine.executors.tensorrt.limits import call_limits
+from engine.executors.tensorrt.limits import call_limits, pairs_worth_a_call
 from engine.executors.tensorrt.segment import SegmentLoader
 from engine.kv.layout import ITEM_SIZES, KvLayout
 from engine.kv.memory import HostMemory, KvMemory
@@ -180,9 +180,10 @@ class TorchExecutor:
         if load_segments is not None:
             if getattr(torch, self.layout.dtype) != model.rotary.dtype:
                 raise ValueError(f"kv_cache.dtype {self.layout.dtype} is for engine torch")
-            calls = call_limits(
+            sizes = call_limits(
                 self.layout, self._device.type, limits.max_batch_tokens, limits.max_model_len, max_call_tokens
             )
+            calls = replace(sizes, max_wasted_pairs=pairs_worth_a_call(model.config))
             segments = load_segments(loaded, self.layer_groups, calls)
             if segments is not None:
                 return lambda kv, limits: PrefillForward(model, kv, segments, calls, limits.max_batch_tokens)

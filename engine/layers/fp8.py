@@ -29,12 +29,16 @@ def dequantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float().mul_(scale[:, None])
 
 
-def why_not_fp8(device: torch.device, dtype: torch.dtype, num_rows: int, size: int) -> str | None:
-    """What keeps a weight of this shape from being multiplied in FP8, or None."""
-    if device.type != "cuda":
+def why_not_fp8(
+    device: torch.device, dtype: torch.dtype, num_rows: int, size: int, *, target: tuple[int, int] | None = None
+) -> str | None:
+    """What keeps a weight of this shape from being multiplied in FP8 on `device`, or None. `target`: on a GPU of this
+    compute capability instead."""
+    if target is None and device.type != "cuda":
         return f"device {device.type} has no FP8 products"
-    if torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} has no FP8 products"
+    if (target or torch.cuda.get_device_capability(device)) < FIRST_CAPABILITY:
+        name = torch.cuda.get_device_name(device) if target is None else "a GPU of {}.{}".format(*target)
+        return f"{name} has no FP8 products"
     if dtype is not torch.bfloat16:
         return f"FP8 products give bfloat16, not {dtype}"
     if num_rows % SHAPE_MULTIPLE or size % SHAPE_MULTIPLE:

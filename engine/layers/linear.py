@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def pack(weight: Tensor) -> Tensor | None:
     """`weight` in oneDNN's own order of memory, or None where that is no gain."""
-    if weight.device.type != "cpu" or weight.dtype is torch.float16 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if weight.device.type != "cpu" or weight.dtype in (torch.float16, FP8) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
     return packed

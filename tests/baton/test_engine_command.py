@@ -160,13 +160,15 @@ def test_what_cannot_be_compiled_here_is_refused_in_words(
     assert list(tmp_path.glob("*.engine")) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU FP8 stays FP8")
-def test_an_fp8_model_is_not_compiled_into_something_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("capability", "quantization"), [("8.9", "fp8"), ("8.0", "")])
+def test_an_fp8_model_stays_fp8_for_gpus_that_multiply_it(tmp_path: Path, capability: str, quantization: str) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
-    model = make_fp8_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
-    result = run("build", model, "--capability", "8.9", "--output", tmp_path)
-    assert result.exit_code == 1
-    assert "engines of an FP8 model for GPUs of 8.9 are compiled on one" in result.stderr
+    model = make_fp8_checkpoint(tmp_path / "model", form="modelopt", dtype=torch.bfloat16, **SHAPE)
+    result = run("build", model, "--capability", capability, "--output", tmp_path, *SIZES)
+    assert result.exit_code == 0, result.output
+    [path] = map(Path, result.stdout.split())
+    file = read_engine(path)
+    assert (file.key.capability, file.key.quantization) == (capability, quantization)
 
 
 def test_without_a_library_the_command_that_installs_it_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

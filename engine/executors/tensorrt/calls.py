@@ -1,9 +1,11 @@
 """How a step is cut into calls of an engine, which takes so many tokens and so many past tokens.
 
-Tokens of several sequences go into one call packed, told apart by sequence ids. A prompt that is cut continues in the
-next call, to which its first part is past.
+Tokens of several sequences go into one call packed, told apart by sequence ids, as long as that is faster than calls of
+their own: attention is computed for all pairs of a call, also for those of different sequences, whose share grows with
+every sequence. A prompt that is cut continues in the next call, to which its first part is past.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +24,14 @@ Int32s = NDArray[np.int32]
 class CallLimits:
     """What one call takes: tokens, and past tokens of all its sequences together. Both are raised to what `padded`
     makes of them, so that shapes repeat and addresses are aligned; it leaves the limits themselves as they are.
+
+    `max_wasted_pairs`: a part joins a call for at most so many pairs of tokens that do not see each other.
     """
 
     max_tokens: int
     max_past: int
     padded: Callable[[int], int]
+    max_wasted_pairs: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +75,20 @@ def ladder(multiple: int) -> Callable[[int], int]:
 
 
 def cut(spans: Sequence[Span], limits: CallLimits) -> list[list[Part]]:
-    """The tokens of `spans` in order, as few calls as that allows."""
+    """The tokens of `spans` in order."""
     calls: list[list[Part]] = []
     num_tokens = num_past = 0
     for index, span in enumerate(spans):
         start, end = span.start, span.start + span.num_tokens
         while start < end:
-            if not calls or num_tokens == limits.max_tokens or num_past + start > limits.max_past:
-                calls.append([])
-                num_tokens = num_past = 0
             assert start <= limits.max_past, (span, limits)
             size = min(end - start, limits.max_tokens - num_tokens)
+            wasted = num_tokens * (start + size) + size * (num_past + num_tokens)
+            fits = size > 0 and num_past + start <= limits.max_past and wasted <= limits.max_wasted_pairs
+            if not calls or not fits:
+                calls.append([])
+                num_tokens = num_past = 0
+                size = min(end - start, limits.max_tokens)
             calls[-1].append(Part(index, start, size, span.block_ids))
             num_tokens, num_past, start = num_tokens + size, num_past + start, start + size
     return calls

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from engine.executors.tensorrt.calls import CallLimits, exactly, ladder
 from engine.executors.tensorrt.staging import ALIGNMENT
 from engine.kv.layout import ITEM_SIZES, KvLayout
+from engine.model_config import ModelConfig
 
-MAX_CALL_TOKENS = 2048  # bounds the attention mask, tokens x (past and tokens); products are at their best long before
+# Bounds the attention mask, tokens x (past and tokens). Products are at their best before: steps of 1024, 2048 and 4096
+# tokens of Llama-3-8B take 23.2 to 23.9 us a token on an H200 (benchmarks/gpu/step_times.py).
+MAX_CALL_TOKENS = 2048
+# What a call costs beside its products, in tokens whose products take as long. On an H200 reading Llama-3-8B's weights
+# takes as long as the products of 150 tokens; see benchmarks/packed_prefill.py for a CPU.
+TOKENS_WORTH_A_CALL = 128
 SMALLEST_STEP = 8  # of the ladder
 
 
@@ -24,3 +30,10 @@ def call_limits(
         max_past=padded(max_model_len),
         padded=padded,
     )
+
+
+def pairs_worth_a_call(config: ModelConfig) -> int:
+    """Pairs of a query and a key whose attention takes as many operations as a call more is worth."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)  # of a layer
+    return TOKENS_WORTH_A_CALL * 2 * weights // (4 * queries)

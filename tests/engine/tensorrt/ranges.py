@@ -1,13 +1,12 @@
 """Layer ranges of small random checkpoints."""
 
 from pathlib import Path
-from unittest import mock
 
 import torch
 
+from engine.executors.model_loading import load as load_checkpoint
 from engine.executors.model_loading import load_model
 from engine.executors.tensorrt.layer_range import LayerRange
-from engine.layers.linear import pack
 from engine.model_config import load_model_config
 from engine.models.decoder import CausalLM
 from tests.checkpoints import make_checkpoint, make_fp8_checkpoint
@@ -17,14 +16,11 @@ def small_model(directory: Path, family: str, dtype: torch.dtype = torch.float32
     return load(make_checkpoint(directory, family, tokenizer=False, **overrides), dtype)
 
 
-def fp8_model(directory: Path, dtype: torch.dtype = torch.float32, **options: object) -> CausalLM:
-    """Of an FP8 checkpoint, its weights in FP8 as on a GPU that can multiply them."""
+def fp8_model(directory: Path, **options: object) -> CausalLM:
+    """Of an FP8 checkpoint, in bfloat16, its weights in FP8 as on a GPU that can multiply them."""
     path = make_fp8_checkpoint(directory, **options)  # type: ignore[arg-type]
-    with (
-        mock.patch("engine.weights.why_not_fp8", return_value=None),
-        mock.patch("engine.layers.linear.pack", lambda weight: None if weight.dtype.itemsize == 1 else pack(weight)),
-    ):
-        return load(path, dtype)
+    config, cpu = load_model_config(path), torch.device("cpu")
+    return load_checkpoint(path, config, "bfloat16", cpu, dummy=False, progress=None, target=(8, 9)).model
 
 
 def load(path: Path, dtype: torch.dtype) -> CausalLM:

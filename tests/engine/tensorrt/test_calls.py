@@ -1,3 +1,4 @@
+import math
 import random
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 
 from engine.attention.base import Span
 from engine.executors.tensorrt.calls import NO_PAST, PADDING, CallLimits, cut, exactly, ladder, make_call
-from engine.executors.tensorrt.limits import call_limits
+from engine.executors.tensorrt.limits import call_limits, pairs_worth_a_call
 from engine.kv.layout import KvLayout
+from engine.model_config import parse_model_config
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 400
@@ -30,7 +32,8 @@ def test_calls_hold_every_token_once_with_all_its_past(padded: object) -> None:
     rng = random.Random(0)
     for _ in range(200):
         spans = random_spans(rng)
-        limits = CallLimits(rng.choice((8, 16, 64)), 72, padded)  # type: ignore[arg-type]
+        max_wasted = rng.choice((0, 100, math.inf))
+        limits = CallLimits(rng.choice((8, 16, 64)), 72, padded, max_wasted)  # type: ignore[arg-type]
         computed = [0] * len(spans)
         for parts in cut(spans, limits):
             call = make_call(parts, BLOCK_SIZE, NUM_BLOCKS, limits)
@@ -68,6 +71,40 @@ def test_a_step_within_the_limits_is_one_call() -> None:
     assert len(cut(spans, CallLimits(8, 25, exactly))) == 2
     assert [[part.start for part in parts] for parts in cut(spans, CallLimits(8, 24, exactly))] == [[20, 0], [2]]
     assert [[part.start for part in parts] for parts in cut([spans[0]] * 2, CallLimits(16, 24, exactly))] == [[20]] * 2
+
+
+def test_sequences_share_a_call_while_few_pairs_are_wasted() -> None:
+    def calls(spans: list[Span], max_wasted_pairs: int) -> list[list[int]]:
+        limits = CallLimits(64, 256, exactly, max_wasted_pairs)
+        return [[part.span for part in parts] for parts in cut(spans, limits)]
+
+    prompts = [Span(0, 10, range(3))] * 4  # the second wastes 2 x 10 x 10 pairs, the third 4 x 10 x 10
+    assert calls(prompts, 199) == [[0], [1], [2], [3]]
+    assert calls(prompts, 200) == [[0, 1], [2, 3]]
+    assert calls(prompts, 400) == [[0, 1, 2], [3]]
+    later = [Span(20, 10, range(8))] * 2  # 2 x 10 x 30
+    assert calls(later, 599) == [[0], [1]]
+    assert calls(later, 600) == [[0, 1]]
+
+
+def test_of_an_8b_model_short_prompts_share_calls_and_long_pasts_do_not() -> None:
+    config = parse_model_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+        },
+        {},
+    )
+    limits = CallLimits(2048, 1 << 20, exactly, pairs_worth_a_call(config))
+    assert len(cut([Span(0, 512, range(32))] * 4, limits)) == 1
+    assert len(cut([Span(8192, 256, range(528))] * 4, limits)) == 4
 
 
 def test_a_past_beyond_the_limit_is_a_bug() -> None:

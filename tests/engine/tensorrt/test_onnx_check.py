@@ -49,12 +49,12 @@ def test_heads_that_rotate_in_part_and_have_keys_of_their_own_are_right(tmp_path
 
 
 def test_fp8_weights_with_a_scale_per_row_are_right(tmp_path: Path) -> None:
-    layers = last_layer(fp8_model(tmp_path, torch.bfloat16, per_row=True))
+    layers = last_layer(fp8_model(tmp_path, per_row=True))
     assert check_range(layers, export_range(layers, tmp_path)).worst.error < 1e-5
 
 
 def test_fp8_activations_are_right_and_rounded_by_one_scale(tmp_path: Path) -> None:
-    layers = last_layer(fp8_model(tmp_path, torch.bfloat16, static_inputs=True))
+    layers = last_layer(fp8_model(tmp_path, static_inputs=True))
     path = export_range(layers, tmp_path)
     assert check_range(layers, path).worst.error < 1e-5
     model = in_float32(path)
