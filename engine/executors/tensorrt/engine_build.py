@@ -70,9 +70,8 @@ def build_engine(
     check_target(library, options.capability, refittable=bool(options.refit))
     phases = PhaseTree(progress)
     with library.messages.collected() as said, ThreadPoolExecutor(1) as thread:
-        building = thread.submit(_build, library, onnx_path, options, phases)
-        try:
-            plan = building.result()
+        try:  # from before the thread begins: leaving waits for it
+            plan = thread.submit(_build, library, onnx_path, options, phases).result()
         except KeyboardInterrupt:
             phases.cancelled = True
             raise
