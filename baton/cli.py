@@ -20,6 +20,9 @@ from baton.chat import chat_command
 from baton.demo import demo_command
 from baton.engine_command import engine_app
 from baton.generate import generate_command
+from baton.plan_command import plan_command
+from baton.profile_command import profile_command
+from baton.simulate_command import simulate_command
 from cluster.run_dir import with_run_dir
 from cluster.spec import ClusterSpec, Role
 from cluster.spec_errors import SpecError
@@ -46,6 +49,9 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("chat")(chat_command)
 app.command("generate")(generate_command)
+app.command("profile")(profile_command)
+app.command("simulate")(simulate_command)
+app.command("plan")(plan_command)
 app.add_typer(engine_app, name="engine")
 
 
@@ -106,6 +112,7 @@ def router(
     process: Annotated[
         int | None, typer.Option(min=0, hidden=True, help="Which of these processes this is, from 0.")
     ] = None,
+    metrics_dir: Annotated[Path | None, typer.Option(hidden=True, help="Where they share their metrics.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Run one router: the HTTP port and the choice of workers."""
@@ -122,7 +129,7 @@ def router(
 
     from baton.compose import run_router
 
-    uvloop.run(run_router(loaded, index=index, process=process))
+    uvloop.run(run_router(loaded, index=index, process=process, metrics_dir=metrics_dir))
 
 
 @app.command()

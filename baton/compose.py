@@ -4,15 +4,17 @@ The only place that sees the spec, the registry, the executors, the transports a
 """
 
 import asyncio
+import gc
 import logging
 import os
 import time
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from baton.device import find_device
-from baton.segments import segment_loader
 from baton.signals import DRAIN_GRACE_S, stop_signals
+from baton.step_profiles import load_profile
 from baton.tokenizer import checkpoint_tokenizer
 from baton.transports import server_transports, sink_transports
 from cluster.addresses import reachable_host
@@ -21,6 +23,7 @@ from cluster.credentials import read_api_key, read_token
 from cluster.devices import GPU_MEMORY_FRACTION, HOST_KV_BYTES, FoundDevice, visible_gpus
 from cluster.registry.base import WorkerRecord
 from cluster.registry.open import open_registry
+from cluster.routing import make_policy, placement_config
 from cluster.spec import ClusterSpec, PoolSettings, Role, check_device, threads_per_worker, worker_id
 from cluster.spec_errors import SpecError
 from decode_workers.server import DecodeServer
@@ -32,13 +35,13 @@ from kv_transfer.sink import SinkConfig
 from kv_transfer.source import SourceConfig
 from kv_transfer.transports.shared_memory import host_boot_id
 from prefill_workers.server import PrefillServer
-from router.admission import AdmissionConfig
 from router.dispatcher import Dispatcher, DispatcherConfig
+from router.flight import Slo
 from router.generation import ModelCard
 from router.http import Front, FrontConfig
 from router.metrics import Metrics
-from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingPolicy
 from router.server import ServerConfig, serve
+from router.shared_metrics import SharedMetrics
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +64,19 @@ def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
     if pool.engine == "simulated":
         from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 
+        simulated = spec.simulated
         return SimulatedExecutor(
             SimulatedConfig(
-                **spec.simulated.model_dump(exclude={"max_model_len"}),
-                max_model_len=spec.max_model_len or spec.simulated.max_model_len,
+                **simulated.model_dump(exclude={"max_model_len", "profile"}),
+                profile=load_profile(simulated.profile) if simulated.profile else None,
+                max_model_len=spec.max_model_len or simulated.max_model_len,
                 block_size=pool.block_size,
                 num_blocks=pool.num_blocks or (pool.kv_memory or HOST_KV_BYTES) // 4096,
             ),
             time.sleep,
+            time.monotonic if simulated.profile else None,
         )
+    from baton.segments import segment_loader
     from engine.executors.torch_executor import TorchConfig, TorchExecutor
 
     num_threads = threads_per_worker(spec, pool.role, os.cpu_count() or 1)
@@ -98,30 +105,41 @@ def scheduler_config(pool: PoolSettings) -> SchedulerConfig:
     return SchedulerConfig(max_batch_tokens=pool.max_batch_tokens, max_num_seqs=pool.max_num_seqs)
 
 
-async def run_router(spec: ClusterSpec, *, index: int = 0, process: int | None = None) -> None:
+async def run_router(
+    spec: ClusterSpec, *, index: int = 0, process: int | None = None, metrics_dir: Path | None = None
+) -> None:
     """Serve HTTP until SIGTERM or SIGINT, then let running requests finish.
 
-    `process` numbers the processes that share the router's port; None: this one has it alone.
+    `process` numbers the processes that share the router's port, and their metrics in `metrics_dir`; None: this one
+    has it alone.
     """
     with spec_errors():
         tokenizer = checkpoint_tokenizer(resolve_model(spec.model, spec.load), spec.load)
     token, api_key = read_token(spec), read_api_key(spec)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one at a time: threads only cost
     registry = open_registry(spec)
     dispatcher = Dispatcher(
         registry,
-        _policy(spec),
-        DispatcherConfig(admission=AdmissionConfig(max_queue=spec.router.max_queue)),
+        make_policy(spec.router),
+        DispatcherConfig(
+            placement=placement_config(spec.router),
+            slo=Slo(spec.router.slo.ttft_s, spec.router.slo.tpot_s),
+        ),
         model=spec.public_model_name,
         token=token,
         secret=token,
         router_id=f"router-{index}" if process is None else f"router-{index}.{process}",
         clock=time.monotonic,
     )
+    metrics = Metrics(CollectorRegistry(), spec.public_model_name, dispatcher)
+    shared = SharedMetrics(metrics, metrics_dir, process) if process is not None and metrics_dir is not None else None
+    if shared is not None:
+        metrics.registry = shared.registry
     front = Front(
         dispatcher,
         model_card(spec),
         tokenizer,
-        Metrics(CollectorRegistry(), spec.public_model_name),
+        metrics,
         FrontConfig(
             max_body_bytes=spec.router.max_body_bytes,
             request_timeout_s=spec.router.request_timeout_s,
@@ -130,16 +148,28 @@ async def run_router(spec: ClusterSpec, *, index: int = 0, process: int | None =
         status=dispatcher.status,
     )
     running = asyncio.create_task(dispatcher.run())
+    writing = asyncio.create_task(shared.keep_writing()) if shared is not None else None
     try:
         with stop_signals() as stop:
             running.add_done_callback(lambda _task: stop.set())  # a router without its dispatcher is no use
             limits = ServerConfig(drain_s=DRAIN_GRACE_S, share_port=process is not None)
+            _settle_memory()
             await serve(front, spec.router.host, spec.router.port, stop=stop, config=limits)
     finally:
+        if writing is not None:
+            writing.cancel()
         await dispatcher.close()
         front.close()
         await registry.aclose()
     running.result()
+
+
+def _settle_memory() -> None:
+    """What is loaded by now stays, and what requests allocate is mostly free of cycles: collections need not look at
+    the one, nor come after every few requests for the other."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def model_card(spec: ClusterSpec) -> ModelCard:
@@ -151,16 +181,6 @@ def model_card(spec: ClusterSpec) -> ModelCard:
     config = model_config(spec.model, spec.load)
     max_model_len = spec.max_model_len or config.max_position_embeddings
     return ModelCard(spec.public_model_name, config.vocab_size, max_model_len, config.eos_token_ids)
-
-
-def _policy(spec: ClusterSpec) -> RoutingPolicy:
-    match spec.router.policy:
-        case "round_robin":
-            return RoundRobin()
-        case "least_loaded":
-            return LeastLoaded()
-        case "prefix_aware":
-            return PrefixAware(local_prefill_max_tokens=spec.router.local_prefill_max_tokens)
 
 
 def run_worker(spec: ClusterSpec, role: Role, *, index: int) -> None:

@@ -1,8 +1,10 @@
 """The router's prefix index: store, find and remove, and bytes a block, against their targets.
 
-Synthetic: every worker holds blocks of its own and a random part of one shared chain of 2,048 blocks, which is what is
-looked up. Trace: the prompts of a Mooncake trace, each stored on a random worker. Bytes are the growth of the process's
-resident memory while the index fills from hashes that are made and dropped a worker at a time.
+Sequences: each worker in turn stores a sequence of so many blocks, whose first quarter is one of four that all share;
+those sequences are looked up. Lengths: every worker holds blocks of its own and a random part of one chain of 2,048
+blocks, which is looked up: as many places where somebody's part ends as there are workers, the worst case. Trace: the
+prompts of a Mooncake trace, each stored on a random worker. Bytes are the growth of the process's resident memory while
+the index fills from hashes that are made and dropped a worker at a time.
 
     python -m benchmarks.prefix_index --workers 64 1024 --blocks 1000000 --trace conversation_trace.jsonl
 """
@@ -33,7 +35,27 @@ def percentiles(index: PrefixIndex, queries: list[list[int]], count: int) -> tup
     return times[count // 2] * 1e6, times[count * 99 // 100] * 1e6
 
 
-def synthetic(num_workers: int, num_blocks: int) -> None:
+def sequences(num_workers: int, num_blocks: int, length: int) -> None:
+    rng = random.Random(0)
+    index = PrefixIndex()
+    slots = [index.open() for _ in range(num_workers)]
+    prefixes = [[rng.getrandbits(64) for _ in range(length // 4)] for _ in range(4)]
+    queries, store_s = [], 0.0
+    for number in range(num_blocks // length):
+        sequence = rng.choice(prefixes) + [rng.getrandbits(64) for _ in range(length - length // 4)]
+        start = time.perf_counter()
+        index.apply(slots[number % num_workers], sequence)
+        store_s += time.perf_counter() - start
+        if len(queries) < 500:
+            queries.append(sequence)
+    p50, p99 = percentiles(index, queries, 5000)
+    target = FIND_TARGETS_US[length]
+    print(f"{num_workers} workers, {number + 1} sequences of {length} blocks")
+    print(f"  find: p50 {p50:.1f} us ({p50 / target:.2f} of the target), p99 {p99:.1f} us", end="")
+    print(f"; store {(number + 1) * length / store_s / 1e6:.2f} M blocks/s")
+
+
+def lengths(num_workers: int, num_blocks: int) -> None:
     rng = random.Random(0)
     index = PrefixIndex()
     shared = [rng.getrandbits(64) for _ in range(2048)]
@@ -49,7 +71,7 @@ def synthetic(num_workers: int, num_blocks: int) -> None:
         index.apply(slot, shared[: rng.randrange(1, 2048)])
     size = (process.memory_info().rss - before) / index.num_hashes
     rate = num_workers * each / store_s
-    print(f"{num_workers} workers, {index.num_hashes} blocks")
+    print(f"{num_workers} workers hold as many lengths of a chain, {index.num_hashes} blocks")
     print(f"  store {rate / 1e6:.2f} M blocks/s ({rate / STORE_TARGET:.2f} of the target; more is better)")
     print(f"  {size:.0f} bytes a block ({size / BYTES_TARGET:.2f} of the target)")
     for length, target in FIND_TARGETS_US.items():
@@ -89,7 +111,9 @@ def main() -> None:
             replay(options.trace, num_workers)
     for num_blocks in options.blocks:
         for num_workers in options.workers:
-            synthetic(num_workers, num_blocks)
+            for length in FIND_TARGETS_US:
+                sequences(num_workers, num_blocks, length)
+            lengths(num_workers, num_blocks)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ BlockSize = Annotated[
 FilePath = Annotated[
     str, BeforeValidator(_path_text), Field(min_length=1), Field(json_schema_extra={"x-allowed": "a path"})
 ]
+FileOrName = Annotated[str, Field(min_length=1, json_schema_extra={"x-allowed": "a path or a name"})]
 Host = Annotated[str, Field(min_length=1, json_schema_extra={"x-allowed": "a host name or address"})]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
@@ -132,6 +133,11 @@ class PoolSpec(Section):
     port: Port = Field(0, description="gRPC port; 0: any free one")
 
 
+class SloSpec(Section):
+    ttft_s: Seconds | None = Field(None, description="until the first token, from a request's arrival; null: any time")
+    tpot_s: Seconds | None = Field(None, description="for each later token; null: any time")
+
+
 class RouterSpec(Section):
     host: Host = Field("127.0.0.1", description="address the HTTP port binds to")
     port: Port = Field(8000, description="HTTP port; 0: any free one")
@@ -141,6 +147,9 @@ class RouterSpec(Section):
     )
     local_prefill_max_tokens: int = Field(
         64, ge=0, description="prompts with at most this many tokens to compute are prefilled by the decode worker"
+    )
+    slo: SloSpec = Field(
+        SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429 at once"
     )
     max_queue: Count = Field(1024, description="requests in the house before new ones get 429")
     request_timeout_s: Seconds = Field(600, description="longest life of a request")
@@ -165,6 +174,11 @@ class SecuritySpec(Section):
 
 
 class SimulatedSpec(Section):
+    profile: FileOrName | None = Field(
+        None,
+        description="measured step times, in place of the four speeds below: a file of `baton profile`, or the name of "
+        "one that comes with Baton, such as h200-llama-3-8b",
+    )
     prefill_tokens_per_s: Rate = Field(20_000, description="speed of prefill")
     step_base_s: float = Field(0.005, ge=0, description="fixed time of a step")
     decode_s_per_sequence: float = Field(0.0001, ge=0, description="added for each decoding sequence")

@@ -62,6 +62,10 @@ def _with_absolute_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
         holder = data.get(sections[0]) if sections else data
         if isinstance(holder, dict) and isinstance(holder.get(field), str):
             holder[field] = str(base / Path(holder[field]).expanduser())
+    simulated = data.get("simulated")
+    profile = simulated.get("profile") if isinstance(simulated, dict) else None
+    if isinstance(profile, str) and (base / Path(profile).expanduser()).is_file():  # else it is a name
+        data["simulated"]["profile"] = str(base / Path(profile).expanduser())
     model = data.get("model")
     if isinstance(model, str) and model and (base / Path(model).expanduser()).is_dir():  # else it is a hub id
         data["model"] = str(base / Path(model).expanduser())

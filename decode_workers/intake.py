@@ -6,14 +6,16 @@ its end, also when the request is cancelled meanwhile: until then the transport 
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from engine.engine import Engine
 from engine.errors import TransferError
+from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import Request, RequestId
-from kv_transfer.sink import Pulled
+
+if TYPE_CHECKING:  # a simulation of the cluster uses the intake, without the network
+    from kv_transfer.sink import Pulled
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,25 @@ class PullEnded:
     """Posted to the engine thread exactly once for each pull started. `error` None and `pulled` None: cancelled."""
 
     request_id: RequestId
-    pulled: Pulled | None
+    pulled: "Pulled | None"
     error: TransferError | None
+
+
+class RunningPull(Protocol):
+    """A Future, of which only this is asked."""
+
+    def cancel(self) -> bool: ...
+
+
+class IntakeEngine(Protocol):
+    """What the intake needs of engine.engine.Engine."""
+
+    @property
+    def kv(self) -> KvCache: ...
+    @property
+    def short_of_blocks(self) -> bool: ...
+    def check(self, request: Request) -> None: ...
+    def hashes(self, request: Request) -> list[int]: ...
 
 
 @dataclass(slots=True)
@@ -33,18 +52,18 @@ class Entry:
     deadline: float
     num_held_tokens: int = 0
     block_ids: list[BlockId] = field(default_factory=list)  # of the whole prompt, matched ones first
-    pull: "Future[None] | None" = None
+    pull: RunningPull | None = None
     cancelled: bool = False
 
 
 # Starts a pull and returns a future that can be cancelled; the end is reported as PullEnded either way.
-StartPull = Callable[[Entry], "Future[None]"]
+StartPull = Callable[[Entry], RunningPull]
 
 
 class Intake:
     """`max_pulls` bounds how many pulls run at once; the rest wait in order of priority, then arrival."""
 
-    def __init__(self, engine: Engine, start_pull: StartPull, max_pulls: int) -> None:
+    def __init__(self, engine: IntakeEngine, start_pull: StartPull, max_pulls: int) -> None:
         self._engine = engine
         self._start_pull = start_pull
         self._max_pulls = max_pulls
@@ -83,7 +102,7 @@ class Intake:
         kv = self._engine.kv
         token_ids = entry.request.token_ids
         held = kv.match(token_ids, entry.hashes)
-        fresh = kv.allocate(self._engine.executor.layout.num_blocks_for(len(token_ids)) - len(held))
+        fresh = kv.allocate(-(-len(token_ids) // kv.block_size) - len(held))
         if fresh is None:
             kv.release(held)
             return False

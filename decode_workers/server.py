@@ -47,7 +47,7 @@ class DecodeServer:
         self._server = InternalServer(identity)
         self.address = self._server.address
         engine = Engine(executor, scheduler, secret=hash_secret, model=identity.model)
-        self._sessions = SessionServer(self._inbox.post, lambda: self.loop.current_load())
+        self._sessions = SessionServer(self._inbox.post, lambda: self.loop.current_load(), clock)
         self._sink = KvSink(
             worker_id=identity.worker_id,
             memory=executor.memory,

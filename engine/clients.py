@@ -124,8 +124,11 @@ class Clients:
         self.output(request_id).error.CopyFrom(error)
         self.forget(request_id)
 
-    def flush(self, load: pb.Load, kv: KvCache) -> None:
-        """Send every session one frame with what was said since the last flush. Nothing new, nothing sent."""
+    def flush(self, load: pb.Load, kv: KvCache, events_since: float) -> None:
+        """Send every session one frame with what was said since the last flush. Nothing new, nothing sent.
+
+        `events_since`: when the first of the cache's undrained events happened.
+        """
         first_event_number = kv.next_event_number
         events = kv.drain_events()
         frames: dict[SessionId, pb.Frame] = {}
@@ -139,6 +142,7 @@ class Clients:
                 frame.kv_snapshot.hashes.extend(kv.snapshot())
             elif events:
                 frame.kv_event_number = first_event_number
+                frame.kv_events_us = round(events_since * 1e6)
                 frame.kv_events.extend(
                     pb.KvEvent(stored=event.stored, removed=event.removed, cleared=event.cleared) for event in events
                 )

@@ -21,9 +21,9 @@ from engine.kv.block_hash import block_hashes, chain_seed
 from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import SEED_MASK, FinishReason, Request, RequestId
-from engine.scheduler import Plan, Scheduler, SchedulerConfig
+from engine.scheduler import EngineLoad, Plan, Scheduler, SchedulerConfig
 from engine.sequence import Sequence as Running
-from engine.step_model import StepWork, num_pairs
+from engine.step_model import num_pairs
 
 PENDING = (0,)  # stands for a token that only the device knows
 
@@ -62,15 +62,6 @@ class _InFlight:
     released: list[BlockId] = field(default_factory=list)  # to be given back when the step has ended
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int  # free or evictable
-    num_waiting_tokens: int  # not yet computed, of prompts and of preempted sequences
-    queued: StepWork  # what computing those takes, tokens that were cached when they came left out
-
-
 class Engine:
     """`secret` and `model` start the hash chains. Does not close `executor`."""
 
@@ -78,7 +69,7 @@ class Engine:
         self.executor = executor
         self.kv = KvCache(executor.memory.num_blocks, executor.layout.block_size)
         self.max_len = min(executor.max_model_len, self.kv.num_blocks * self.kv.block_size)
-        self._scheduler = Scheduler(config, self.kv)
+        self._scheduler: Scheduler[Running] = Scheduler(config, self.kv)
         self._sequences: dict[RequestId, Running] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._arrivals = itertools.count()
@@ -214,20 +205,7 @@ class Engine:
         return self.collect()
 
     def load(self) -> EngineLoad:
-        running = self._scheduler.running
-        lacking = [(each.num_tokens - each.num_computed_tokens, each.num_computed_tokens) for each in running]
-        lacking = [(num_tokens, past) for num_tokens, past in lacking if num_tokens > 1]
-        num_tokens = sum(num_tokens for num_tokens, _ in lacking)
-        return EngineLoad(
-            num_running=len(running),
-            num_waiting=len(self._scheduler.waiting),
-            num_free_blocks=self.kv.num_free,
-            num_waiting_tokens=self._scheduler.num_waiting_tokens + num_tokens,
-            queued=StepWork(
-                self._scheduler.num_uncached_tokens + num_tokens,
-                self._scheduler.num_uncached_pairs + sum(itertools.starmap(num_pairs, lacking)),
-            ),
-        )
+        return self._scheduler.load()
 
     def check_invariants(self, others: Iterable[BlockId] = ()) -> None:
         """Assert that every reference to a block is a sequence's, or one of `others` (leases, pulls)."""
@@ -294,7 +272,7 @@ class Engine:
         return chain_seed(self._secret, self._model, request.adapter, request.cache_salt)
 
 
-def _scheduled(plan: Plan) -> Scheduled:
+def _scheduled(plan: Plan[Running]) -> Scheduled:
     return Scheduled(
         Batch([_chunk(sequence, num_tokens) for sequence, num_tokens in plan.work]),
         [sequence for sequence, _ in plan.work],

@@ -91,6 +91,7 @@ class WorkerLoop(Generic[C]):
         self._calibration = Calibration()
         self._model: StepModel | None = None
         self._next_fit = 0.0
+        self._events_since: float | None = None  # when the cache's undrained events began
         self._load = pb.Load(num_free_blocks=engine.kv.num_free)
 
     def current_load(self) -> pb.Load:
@@ -122,6 +123,7 @@ class WorkerLoop(Generic[C]):
                 self._abort(request_id, "the request's deadline passed")
             self._role.before_schedule()
             scheduled = self.engine.schedule()
+            self._note_events()
             if scheduled is not None:
                 self._start(scheduled)
             is_busy = self.engine.num_in_flight > 0  # what is collected may let others run
@@ -185,6 +187,7 @@ class WorkerLoop(Generic[C]):
             return
         tokens = self.engine.collect()
         now = self._clock()
+        self._note_events()
         for token in tokens:
             self.clients.say_token(token)
             self._role.token(token, now)
@@ -195,8 +198,14 @@ class WorkerLoop(Generic[C]):
             self._model, self._next_fit = self._calibration.fit(), now + CALIBRATION_S
 
     def _publish(self) -> None:
+        self._note_events()
         self._load = self._measure()
-        self.clients.flush(self._load, self.engine.kv)
+        self.clients.flush(self._load, self.engine.kv, self._events_since or 0.0)
+        self._events_since = None
+
+    def _note_events(self) -> None:
+        if self._events_since is None and self.engine.kv.has_events:
+            self._events_since = self._clock()
 
     def _measure(self) -> pb.Load:
         engine = self.engine.load()
@@ -209,6 +218,7 @@ class WorkerLoop(Generic[C]):
             last_step_us=round(self._last_step_s * 1e6),
             draining=self._draining,
             turn=self._turn,
+            num_cached_blocks=self.engine.kv.num_cached,
         )
         if self._model is not None:
             load.model.CopyFrom(model_to_pb(self._model))

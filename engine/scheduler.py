@@ -10,15 +10,52 @@ A step may be planned while another is in flight, whose sampled tokens are pendi
 that a step in flight uses are not taken away, so nothing is preempted then: the plan says that it must wait.
 """
 
+import itertools
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Generic, Protocol, TypeVar
 
 from engine.kv.cache import KvCache
-from engine.sequence import Sequence
-from engine.step_model import num_pairs
+from engine.kv.layout import BlockId
+from engine.request import Request
+from engine.step_model import StepWork, num_pairs
 
 by_key = attrgetter("key")
+
+
+class Schedulable(Protocol):
+    """What the scheduler needs of a sequence; engine.sequence says what each means. A simulation has its own."""
+
+    block_ids: list[BlockId]
+    num_computed_tokens: int
+    num_likely_tokens: int
+    num_preemptions: int
+    running: bool
+
+    @property
+    def request(self) -> Request: ...
+    @property
+    def key(self) -> tuple[int, int]: ...
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def hashes(self) -> list[int]: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_pending(self) -> int: ...
+    @property
+    def max_planned_tokens(self) -> int: ...
+    @property
+    def must_know_tokens(self) -> bool: ...
+    @property
+    def wants_prompt_logprobs(self) -> bool: ...
+    def forget_computed(self) -> list[BlockId]: ...
+
+
+S = TypeVar("S", bound=Schedulable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,40 +69,49 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Generic[S]):
     """One step. `work`: how many of its next tokens each sequence computes."""
 
-    work: list[tuple[Sequence, int]] = field(default_factory=list)
-    started: list[Sequence] = field(default_factory=list)  # admitted in this step, all in `work`
-    preempted: list[Sequence] = field(default_factory=list)
+    work: list[tuple[S, int]] = field(default_factory=list)
+    started: list[S] = field(default_factory=list)  # admitted in this step, all in `work`
+    preempted: list[S] = field(default_factory=list)
     must_wait: bool = False  # for the steps in flight, then plan again; there is no work
 
 
-class Scheduler:
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int  # free or evictable
+    num_waiting_tokens: int  # not yet computed, of prompts and of preempted sequences
+    queued: StepWork  # what computing those takes, tokens that were cached when they came left out
+
+
+class Scheduler(Generic[S]):
     """`running` may be longer than `max_num_seqs` where sequences joined with their KV; the first ones go first."""
 
     def __init__(self, config: SchedulerConfig, kv: KvCache) -> None:
         self._config = config
         self._kv = kv
-        self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
+        self.running: list[S] = []
+        self.waiting: list[S] = []
         self.num_waiting_tokens = 0
         self.num_uncached_tokens = 0  # of those, without what was cached when they came
         self.num_uncached_pairs = 0  # of a token of those and a key it attends to
         self.short_of_blocks = False  # in the last step something could not run, or not go on, for lack of blocks
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: S) -> None:
         """Queue a sequence in its place."""
         insort(self.waiting, sequence, key=by_key)
         sequence.num_likely_tokens = self._kv.num_likely(self._reusable(sequence)) * self._kv.block_size
         self._count(sequence, 1)
 
-    def join(self, sequence: Sequence) -> None:
+    def join(self, sequence: S) -> None:
         """Run a sequence that brings its blocks."""
         insort(self.running, sequence, key=by_key)
         sequence.running = True
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: S) -> None:
         """It leaves, wherever it is; its blocks are the caller's."""
         queue = self.running if sequence.running else self.waiting
         place = bisect_left(queue, sequence.key, key=by_key)
@@ -76,9 +122,24 @@ class Scheduler:
         else:
             self._count(sequence, -1)
 
-    def plan(self, *, in_flight: bool = False) -> Plan:
+    def load(self) -> EngineLoad:
+        lacking = [(each.num_tokens - each.num_computed_tokens, each.num_computed_tokens) for each in self.running]
+        lacking = [(num_tokens, past) for num_tokens, past in lacking if num_tokens > 1]
+        num_tokens = sum(num_tokens for num_tokens, _ in lacking)
+        return EngineLoad(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_free_blocks=self._kv.num_free,
+            num_waiting_tokens=self.num_waiting_tokens + num_tokens,
+            queued=StepWork(
+                self.num_uncached_tokens + num_tokens,
+                self.num_uncached_pairs + sum(itertools.starmap(num_pairs, lacking)),
+            ),
+        )
+
+    def plan(self, *, in_flight: bool = False) -> Plan[S]:
         """Plan the next step; `in_flight`: others have not ended yet."""
-        plan = Plan()
+        plan: Plan[S] = Plan()
         was_short, self.short_of_blocks = self.short_of_blocks, False
         prefills = self._decode(plan, in_flight)
         if prefills is None:
@@ -91,9 +152,9 @@ class Scheduler:
             self._admit(plan, budget)
         return plan
 
-    def _decode(self, plan: Plan, in_flight: bool) -> list[Sequence] | None:
+    def _decode(self, plan: Plan[S], in_flight: bool) -> list[S] | None:
         """Plan a token for each sequence that lacks only the last one's KV; returns the others, None: must wait."""
-        prefills: list[Sequence] = []
+        prefills: list[S] = []
         block_size = self._kv.block_size
         place = 0
         while place < min(len(self.running), self._config.max_num_seqs):
@@ -112,7 +173,7 @@ class Scheduler:
                 return None
         return prefills
 
-    def _grow(self, sequence: Sequence, plan: Plan, in_flight: bool) -> bool:
+    def _grow(self, sequence: S, plan: Plan[S], in_flight: bool) -> bool:
         """One more block, from those behind if need be; with nobody behind, it keeps what it has and waits."""
         while (block_ids := self._kv.allocate(1)) is None:
             self.short_of_blocks = True
@@ -124,14 +185,14 @@ class Scheduler:
         sequence.block_ids += block_ids
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: S) -> None:
         """Its full blocks are in the prefix cache; what is not evicted meanwhile it finds there again."""
         self.remove(sequence)
         self._kv.release(sequence.forget_computed())
         sequence.num_preemptions += 1
         self.add(sequence)
 
-    def _admit(self, plan: Plan, budget: int) -> None:
+    def _admit(self, plan: Plan[S], budget: int) -> None:
         while budget > 0 and self.waiting and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
             if not self._reserve(sequence):
@@ -142,7 +203,7 @@ class Scheduler:
             plan.started.append(sequence)
             budget -= self._compute(sequence, budget, plan)
 
-    def _reserve(self, sequence: Sequence) -> bool:
+    def _reserve(self, sequence: S) -> bool:
         """Blocks for all tokens, or none: those of the longest cached prefix, and fresh ones.
 
         The last token is always computed, as its logits are wanted; for logprobs of the prompt, all are.
@@ -161,13 +222,13 @@ class Scheduler:
         sequence.num_computed_tokens = len(held) * kv.block_size
         return True
 
-    def _reusable(self, sequence: Sequence) -> list[int]:
+    def _reusable(self, sequence: S) -> list[int]:
         """Hashes of the blocks that need not be computed where they are cached."""
         if sequence.wants_prompt_logprobs:
             return []
         return sequence.hashes[: (sequence.num_tokens - 1) // self._kv.block_size]
 
-    def _count(self, sequence: Sequence, sign: int) -> None:
+    def _count(self, sequence: S, sign: int) -> None:
         """A sequence begins or ends to wait."""
         past = sequence.num_likely_tokens
         lacking = sequence.num_tokens - past
@@ -175,7 +236,7 @@ class Scheduler:
         self.num_uncached_tokens += sign * lacking
         self.num_uncached_pairs += sign * num_pairs(lacking, past)
 
-    def _compute(self, sequence: Sequence, budget: int, plan: Plan) -> int:
+    def _compute(self, sequence: S, budget: int, plan: Plan[S]) -> int:
         """Plan the next tokens, at most `budget`. A chunk in mid-prompt ends with a block where it can."""
         start = sequence.num_computed_tokens
         num_tokens = sequence.num_tokens - start

@@ -57,12 +57,16 @@ SessionCommand = Attached | Submitted | Cancelled | Ended
 class SessionServer:
     """Serves `Worker.Session`. `post` is called on the loop for every command of every session.
 
-    `current_load` is read for heartbeats and must be safe to call from the loop at any time.
+    `current_load` is read for heartbeats and must be safe to call from the loop at any time. `clock` is monotonic
+    seconds, the engine thread's.
     """
 
-    def __init__(self, post: Callable[[SessionCommand], None], current_load: Callable[[], pb.Load]) -> None:
+    def __init__(
+        self, post: Callable[[SessionCommand], None], current_load: Callable[[], pb.Load], clock: Callable[[], float]
+    ) -> None:
         self._post = post
         self._current_load = current_load
+        self._clock = clock
         self._ids = itertools.count()
         self._outboxes: dict[SessionId, asyncio.Queue[pb.Frame | None]] = {}
         self._loop = asyncio.get_running_loop()
@@ -146,6 +150,7 @@ class SessionServer:
             if frame is None:
                 return
             frame.number = number
+            frame.sent_us = round(self._clock() * 1e6)
             number += 1
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await context.write(frame)

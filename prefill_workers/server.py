@@ -39,7 +39,7 @@ class PrefillServer:
         self._server = InternalServer(identity)
         self.address = self._server.address
         engine = Engine(executor, scheduler, secret=hash_secret, model=identity.model)
-        self._sessions = SessionServer(self._inbox.post, lambda: self.loop.current_load())
+        self._sessions = SessionServer(self._inbox.post, lambda: self.loop.current_load(), clock)
         self._source = KvSource(
             worker_id=identity.worker_id,
             epoch=identity.epoch,

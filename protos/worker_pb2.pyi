@@ -104,7 +104,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("number", "description", "load", "outputs", "kv_event_number", "kv_events", "kv_snapshot")
+    __slots__ = ("number", "description", "load", "outputs", "kv_event_number", "kv_events", "kv_snapshot", "sent_us", "kv_events_us")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,8 @@ class Frame(_message.Message):
     KV_EVENT_NUMBER_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SENT_US_FIELD_NUMBER: _ClassVar[int]
+    KV_EVENTS_US_FIELD_NUMBER: _ClassVar[int]
     number: int
     description: Description
     load: Load
@@ -119,7 +121,9 @@ class Frame(_message.Message):
     kv_event_number: int
     kv_events: _containers.RepeatedCompositeFieldContainer[KvEvent]
     kv_snapshot: KvSnapshot
-    def __init__(self, number: _Optional[int] = ..., description: _Optional[_Union[Description, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., kv_event_number: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ...) -> None: ...
+    sent_us: int
+    kv_events_us: int
+    def __init__(self, number: _Optional[int] = ..., description: _Optional[_Union[Description, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., kv_event_number: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., sent_us: _Optional[int] = ..., kv_events_us: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
     __slots__ = ("worker_id", "role", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "kv_bytes_per_token")
@@ -146,7 +150,7 @@ class Description(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn", "queue_us", "model")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn", "queue_us", "model", "num_cached_blocks")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +162,7 @@ class Load(_message.Message):
     TURN_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -169,7 +174,8 @@ class Load(_message.Message):
     turn: int
     queue_us: int
     model: StepModel
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ..., turn: _Optional[int] = ..., queue_us: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ...) -> None: ...
+    num_cached_blocks: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ..., turn: _Optional[int] = ..., queue_us: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ..., num_cached_blocks: _Optional[int] = ...) -> None: ...
 
 class StepModel(_message.Message):
     __slots__ = ("base_s", "prefill_token_s", "pair_s", "decode_s", "kv_token_s")

@@ -1,18 +1,17 @@
 """The router's one queue: who waits for a worker, in which order, and when to refuse.
 
-Owned by the dispatcher. An entry is either waiting (added, not yet taken or discarded) or running (taken, not yet
-released). The order is priority, then first arrival; an entry put back after a failed attempt keeps its arrival,
-so it goes ahead of younger ones, and it is never refused.
+Owned by the placement. An entry is either waiting (added, not yet taken or discarded) or running (taken, not yet
+released). The order is priority, then turns of the tenants, then first arrival; an entry put back after a failed
+attempt keeps its arrival, so it goes ahead of its tenant's younger ones, and it is never refused.
 """
 
-import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from router.generation import Overloaded
+from router.fairness import FairQueue, Place
 
 T = TypeVar("T")
 
@@ -32,9 +31,9 @@ class Admission(Generic[T]):
         self._config = config
         self._clock = clock
         self._arrivals = itertools.count()
-        self._heap: list[tuple[int, int, T]] = []  # arrivals are unique, so entries are never compared
-        self._waiting: dict[T, tuple[int, int]] = {}  # discarded entries stay in the heap until they surface
-        self._running: dict[T, tuple[int, int]] = {}
+        self._queues: dict[int, FairQueue[T]] = {}  # by priority; none is empty
+        self._waiting: dict[T, tuple[int, Place[T]]] = {}  # with its priority
+        self._running: dict[T, tuple[int, Place[T]]] = {}
         self._completions: deque[float] = deque(maxlen=_RATE_WINDOW)
 
     @property
@@ -48,44 +47,49 @@ class Admission(Generic[T]):
     def waiting(self) -> list[T]:
         return list(self._waiting)
 
-    def add(self, entry: T, priority: int) -> None:
-        self._push(entry, (priority, next(self._arrivals)))
+    def add(self, entry: T, priority: int, tenant: str = "", cost: int = 0) -> None:
+        """`cost` in prompt tokens, for the tenant's share."""
+        self._push(priority, Place(entry, tenant, next(self._arrivals), cost))
 
-    def refuse_excess(self, entry: T) -> None:
-        """Raise Overloaded when `entry`, the newest, still waits and more wait than may."""
-        if entry in self._waiting and len(self._waiting) > self._config.max_queue:
-            retry_after = self.retry_after()
+    def refuse_excess(self, entry: T) -> bool:
+        """Release `entry`, the newest, when it still waits and more wait than may; whether it was so."""
+        excess = entry in self._waiting and len(self._waiting) > self._config.max_queue
+        if excess:
             self.release(entry)
-            raise Overloaded("too many requests are waiting", retry_after=retry_after)
+        return excess
 
     def head(self) -> T | None:
         """The entry to dispatch next; None when nobody waits or as many run as may."""
-        if len(self._running) >= self._config.max_running:
+        if not self._queues or len(self._running) >= self._config.max_running:
             return None
-        while self._heap:
-            _, _, entry = self._heap[0]
-            if entry in self._waiting:
-                return entry
-            heapq.heappop(self._heap)
-        return None
+        return self._queues[min(self._queues)].head().entry
 
     def take(self) -> T:
         """Move the head from waiting to running."""
-        _, _, entry = heapq.heappop(self._heap)
-        self._running[entry] = self._waiting.pop(entry)
-        return entry
+        priority = min(self._queues)
+        place = self._queues[priority].take()
+        self._drop_if_empty(priority)
+        self._running[place.entry] = self._waiting.pop(place.entry)
+        return place.entry
 
     def put_back(self, entry: T) -> None:
-        """A running entry waits again, where it stood."""
-        self._push(entry, self._running.pop(entry))
+        """A running entry waits again, where it stood; its tenant has been charged."""
+        priority, place = self._running.pop(entry)
+        self._push(priority, replace(place, cost=0))
 
-    def release(self, entry: T) -> None:
-        """The entry is over, wherever it was. Idempotent."""
+    def release(self, entry: T) -> bool:
+        """The entry is over, wherever it was; whether it was anywhere."""
+        known = False
         if self._running.pop(entry, None) is not None:
             self._completions.append(self._clock())
-        if self._waiting.pop(entry, None) is not None and len(self._heap) > 2 * len(self._waiting) + 64:
-            self._heap = [(*order, each) for each, order in self._waiting.items()]
-            heapq.heapify(self._heap)
+            known = True
+        waited = self._waiting.pop(entry, None)
+        if waited is not None:
+            priority, place = waited
+            self._queues[priority].remove(place)
+            self._drop_if_empty(priority)
+            known = True
+        return known
 
     def retry_after(self) -> float:
         """Seconds until the queue, at its recent speed, has room for one more."""
@@ -95,6 +99,13 @@ class Admission(Generic[T]):
         estimate = elapsed * (len(self._waiting) + 1) / len(self._completions)
         return min(_MAX_RETRY_AFTER_S, max(_MIN_RETRY_AFTER_S, estimate))
 
-    def _push(self, entry: T, order: tuple[int, int]) -> None:
-        self._waiting[entry] = order
-        heapq.heappush(self._heap, (*order, entry))
+    def _push(self, priority: int, place: Place[T]) -> None:
+        self._waiting[place.entry] = (priority, place)
+        queue = self._queues.get(priority)
+        if queue is None:
+            queue = self._queues[priority] = FairQueue()
+        queue.push(place)
+
+    def _drop_if_empty(self, priority: int) -> None:
+        if not self._queues[priority]:
+            del self._queues[priority]

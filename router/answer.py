@@ -6,13 +6,12 @@ until then is an HTTP status; after it, an error event and a connection that end
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from router.choices import Choice, Piece, pieces
+from router.choices import Choice, Piece, Reader, run_choices
 from router.exchange import Exchange
 from router.generation import DeadlineExceeded, Generator
 from router.metrics import Metrics
@@ -50,31 +49,32 @@ class Answerer:
                 raise DeadlineExceeded from None
 
     async def _events(self, exchange: Exchange, job: Job) -> None:
-        envelope, started = job.envelope, False
+        envelope, format_event, write = job.envelope, job.format.event, exchange.write_events
         tail = b',"usage":null' if envelope.include_usage else b""
-        with _Watch(self._metrics, self._clock, job) as watch:
-            async with aclosing(pieces(self._generator, job.choices, job.deadline)) as parts:  # type: ignore[type-var]
-                async for piece in parts:
-                    watch.observe(piece)
-                    if envelope.continuous_usage:
-                        tail = b',"usage":' + msgspec.json.encode(usage(job.choices, job.num_hidden))
-                    events = job.format.event(piece, tail)
-                    if not started:
-                        await exchange.start_events()
-                        started = True
-                    if events:
-                        await exchange.send_events(events)
+
+        def take(piece: Piece) -> bool:
+            observe(piece)
+            if envelope.continuous_usage:
+                counts = msgspec.json.encode(usage(job.choices, job.num_hidden))
+                return write(format_event(piece, b',"usage":' + counts))
+            return write(format_event(piece, tail))
+
+        with _Watch(self._metrics, self._clock, job) as observe:
+            await run_choices(self._generator, job.choices, job.deadline, Reader(take, exchange.flush))
         extra = self._extra(job, with_usage=envelope.include_usage)
         last = job.format.last_event(b"," + msgspec.json.encode(extra)[1:-1]) if extra else b""
         await exchange.end_events(last + DONE)
 
     async def _body(self, exchange: Exchange, job: Job) -> None:
         collected: list[list[Piece]] = [[] for _ in job.choices]
-        with _Watch(self._metrics, self._clock, job) as watch:
-            async with aclosing(pieces(self._generator, job.choices, job.deadline)) as parts:  # type: ignore[type-var]
-                async for piece in parts:
-                    watch.observe(piece)
-                    collected[piece.choice.index].append(piece)
+
+        def take(piece: Piece) -> bool:
+            observe(piece)
+            collected[piece.choice.index].append(piece)
+            return True
+
+        with _Watch(self._metrics, self._clock, job) as observe:
+            await run_choices(self._generator, job.choices, job.deadline, Reader(take, _endless_room))
         together = list(zip(job.choices, collected, strict=True))
         await exchange.respond(200, job.format.body(together, self._extra(job, with_usage=True)))
 
@@ -84,6 +84,10 @@ class Answerer:
         if job.envelope.timeline and stream is not None:
             extra["timeline"] = timeline_body(stream.timeline)
         return extra
+
+
+async def _endless_room() -> None:
+    """Of a reader that collects."""
 
 
 class _Watch:
@@ -96,9 +100,9 @@ class _Watch:
         self._running = False
         self._last = [job.received] * len(job.choices)
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> Callable[[Piece], None]:
         self._metrics.num_waiting += 1
-        return self
+        return self._observe
 
     def __exit__(self, *_: object) -> None:
         if self._running:
@@ -106,7 +110,7 @@ class _Watch:
         else:
             self._metrics.num_waiting -= 1
 
-    def observe(self, piece: Piece) -> None:
+    def _observe(self, piece: Piece) -> None:
         now, choice = self._clock(), piece.choice
         if not self._running:
             self._running = True

@@ -40,8 +40,8 @@ class _Leg:
         self.worker_id = session.member.worker_id
         self.handle = 0
 
-    def open(self, sink: Sink, tokens: int, blocks: int) -> None:
-        self.handle = self.session.open(sink, tokens, blocks)
+    def open(self, sink: Sink, tokens: int, blocks: int, past: int) -> None:
+        self.handle = self.session.open(sink, tokens, blocks, past)
 
     def close(self, *, cancel: bool) -> None:
         self.session.close(self.handle, cancel=cancel)
@@ -74,15 +74,15 @@ class Attempt:
         self._handoff_done = False
         self._over = False
 
-    def start(self, *, prefill_tokens: int, decode_blocks: int) -> None:
-        """Both sessions are attached. `prefill_tokens` are to be computed by whoever prefills."""
+    def start(self, *, prefill_tokens: int, prefill_past: int, decode_blocks: int) -> None:
+        """Both sessions are attached. `prefill_tokens` are to be computed by whoever prefills, after cached ones."""
         local = self._prefill is None
         sink = Sink(self._decode_output, self._decode_lost)
-        self._decode.open(sink, prefill_tokens if local else 0, decode_blocks)
+        self._decode.open(sink, prefill_tokens if local else 0, decode_blocks, prefill_past if local else 0)
         if self._prefill is None:
             self._submit(self._decode, b"")
         else:
-            self._prefill.open(Sink(self._prefill_output, self._prefill_lost), prefill_tokens, 0)
+            self._prefill.open(Sink(self._prefill_output, self._prefill_lost), prefill_tokens, 0, prefill_past)
             self._submit(self._prefill, b"")
 
     def abort(self) -> None:

@@ -1,13 +1,12 @@
-"""The choices of one API request: each is one engine request, and together one stream of pieces of text.
+"""The choices of one API request: each is one engine request, and together they are pieces of text for one answer.
 
 Choices of the same prompt start after the first of them has produced a token, so that they find the prompt in the
-prefix cache. Invariant: every generation that was started is closed when the iteration ends, however it ends, and
-at once when a stop string is found.
+prefix cache. Pieces are handed over where their tokens arrive, with no task in between. Invariant: every generation
+that was started is closed when `run_choices` ends, however it ends.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +14,7 @@ import msgspec
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
 from router.detokenizer import TextStream
-from router.generation import Delta, GenerationFailed, GenerationStream, Generator
+from router.generation import Delta, GenerationFailed, GenerationStream, Generator, RouteHints
 from router.prompts import Prompt
 
 
@@ -27,12 +26,13 @@ class Choice:
     prompt: Prompt
     request: Request
     text: TextStream
+    hints: RouteHints
     leader: "Choice | None" = None
     stream: GenerationStream | None = None  # once started
     finish_reason: FinishReason | None = None
 
 
-class Piece(msgspec.Struct, frozen=True):
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """What one delta added to a choice. `token_ids` and `logprobs` are those that count, up to a stop string."""
 
     choice: Choice
@@ -43,75 +43,86 @@ class Piece(msgspec.Struct, frozen=True):
     first: bool
 
 
-def pieces(generator: Generator, choices: Sequence[Choice], deadline: float) -> AsyncIterator[Piece]:
-    """Run the choices; iterate inside `aclosing`. Raises what GenerationStream raises."""
-    return _one(generator, choices[0], deadline) if len(choices) == 1 else _many(generator, choices, deadline)
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who wants the pieces. `take` is called where the tokens arrive and must not block; False: no more before `room`
+    has returned."""
+
+    take: Callable[[Piece], bool]
+    room: Callable[[], Awaitable[None]]
 
 
-async def _one(generator: Generator, choice: Choice, deadline: float) -> AsyncIterator[Piece]:
-    stream = choice.stream = choice.stream or generator.start(choice.request, deadline)
-    try:
-        first = True
-        async for delta in stream:
-            piece = _take(choice, delta, first)
-            if choice.text.stopped:
-                await stream.aclose()
-            yield piece
-            if piece.finish_reason is not None:
-                return
-            first = False
-    finally:
-        await stream.aclose()
-    raise GenerationFailed("the stream ended without a finish reason")
-
-
-async def _many(generator: Generator, choices: Sequence[Choice], deadline: float) -> AsyncIterator[Piece]:
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=2 * len(choices))
-    begun = {choice.index: asyncio.Event() for choice in choices if choice.leader is None}
-    tasks: list[asyncio.Task[None]] = []
-
-    async def pump(choice: Choice) -> None:
-        try:
-            if choice.leader is not None:
-                await begun[choice.leader.index].wait()
-            async with aclosing(_one(generator, choice, deadline)) as parts:  # type: ignore[type-var]
-                async for piece in parts:
-                    if choice.leader is None:
-                        begun[choice.index].set()
-                    await queue.put(piece)
-            await queue.put(None)
-        except Exception as error:  # handed to the reader, who raises it
-            await queue.put(error)
-
+async def run_choices(generator: Generator, choices: Sequence[Choice], deadline: float, reader: Reader) -> None:
+    """Run the choices to their ends. Raises what GenerationStream and the reader raise."""
     try:
         for choice in choices:
             if choice.leader is None:
-                choice.stream = generator.start(choice.request, deadline)
-        tasks += [asyncio.create_task(pump(choice)) for choice in choices]
-        num_left = len(choices)
-        while num_left:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_left -= 1
-            else:
-                yield item
+                choice.stream = generator.start(choice.request, deadline, choice.hints)
+        if len(choices) == 1:
+            await _run(choices[0], reader)
+        else:
+            await _run_all(generator, choices, deadline, reader)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         for choice in choices:
             if choice.stream is not None:
                 await choice.stream.aclose()
 
 
+async def _run(choice: Choice, reader: Reader, begun: Callable[[], object] = lambda: None) -> None:
+    """A choice whose stream is there, to its end; `begun` is called with its first piece."""
+    stream, first, has_room = choice.stream, True, True
+    assert stream is not None, choice.index
+
+    def take(delta: Delta) -> bool:
+        nonlocal first, has_room
+        piece = _take(choice, delta, first)
+        if first:
+            first = False
+            begun()
+        has_room = reader.take(piece)
+        return has_room and piece.finish_reason is None
+
+    while choice.finish_reason is None:
+        await stream.forward(take)
+        if choice.finish_reason is not None:
+            break
+        if has_room:
+            raise GenerationFailed("the stream ended without a finish reason")
+        await reader.room()
+        has_room = True
+    await stream.aclose()
+
+
+async def _run_all(generator: Generator, choices: Sequence[Choice], deadline: float, reader: Reader) -> None:
+    begun = {choice.index: asyncio.Event() for choice in choices if choice.leader is None}
+
+    async def run(choice: Choice) -> None:
+        if choice.leader is None:
+            await _run(choice, reader, begun[choice.index].set)
+        else:
+            await begun[choice.leader.index].wait()
+            choice.stream = generator.start(choice.request, deadline, choice.hints)
+            await _run(choice, reader)
+
+    tasks = [asyncio.create_task(run(choice)) for choice in choices]
+    try:
+        for task in asyncio.as_completed(tasks):
+            await task
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _take(choice: Choice, delta: Delta, first: bool) -> Piece:
-    text = choice.text
+    text, token_ids, reason = choice.text, delta.token_ids, delta.finish_reason
     before = text.num_tokens
-    shown = text.push(delta.token_ids, delta.finish_reason)
-    choice.finish_reason = FinishReason.STOP if text.stopped else delta.finish_reason
-    num_new = text.num_tokens - before
-    if num_new == len(delta.token_ids):
-        return Piece(choice, shown, delta.token_ids, delta.logprobs, choice.finish_reason, first)
-    return Piece(choice, shown, delta.token_ids[:num_new], delta.logprobs[:num_new], choice.finish_reason, first)
+    shown = text.push(token_ids, reason)
+    if text.stopped:
+        reason = FinishReason.STOP
+        num_new = text.num_tokens - before
+        if num_new < len(token_ids):
+            choice.finish_reason = reason
+            return Piece(choice, shown, token_ids[:num_new], delta.logprobs[:num_new], reason, first)
+    choice.finish_reason = reason
+    return Piece(choice, shown, token_ids, delta.logprobs, reason, first)

@@ -10,7 +10,7 @@ from router.choices import Choice
 from router.detokenizer import StopStrings, TextStream
 from router.errors import ApiError
 from router.exchange import REQUEST_ID
-from router.generation import ModelCard
+from router.generation import ModelCard, RouteHints
 from router.params import choice_seed, request_seed, sampling_params
 from router.prompts import Prompt, PromptEncoder, truncated
 from router.responses import ChatFormat, CompletionFormat, Envelope
@@ -30,6 +30,7 @@ class Arrival:
     deadline: float
     tenant: str  # separates prefix caches; empty without API keys
     timeline: bool
+    hints: RouteHints
 
 
 class Planner:
@@ -84,7 +85,8 @@ class Planner:
         refuse_unsupported(body)
         _check_chat(body)
         explicit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        prompt = await self._encoder.chat(body, add_special_tokens=body.add_special_tokens is True)
+        special, salt = body.add_special_tokens is True, _salt(body, arrival)
+        prompt = await self._encoder.chat(body, add_special_tokens=special, owner=salt)
         room = self._card.max_model_len - (1 if explicit is None else explicit)
         prompt = Prompt(truncated(prompt.token_ids, body.truncate_prompt_tokens, room), prompt.text)
         left = max(1, self._card.max_model_len - len(prompt.token_ids))
@@ -133,7 +135,7 @@ class Planner:
         if len(prompts) * n > MAX_CHOICES:
             raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}", param="n")
         base = f"{self._draw_bits(128):032x}"
-        salt = f"{arrival.tenant}/{body.cache_salt or ''}" if arrival.tenant else body.cache_salt or ""
+        salt = _salt(body, arrival)
         stops = StopStrings(params[0].stop)
         choices: list[Choice] = []
         for prompt, each in zip(prompts, params, strict=True):
@@ -149,7 +151,7 @@ class Planner:
                     cache_salt=salt,
                 )
                 text = TextStream(self._tokenizer, each, prompt.token_ids, stops=stops)
-                choice = Choice(len(choices), prompt, request, text, leader)
+                choice = Choice(len(choices), prompt, request, text, arrival.hints, leader)
                 leader = leader or choice
                 choices.append(choice)
         return choices
@@ -170,6 +172,11 @@ class Planner:
             continuous_usage=options is not None and bool(options.continuous_usage_stats),
             timeline=arrival.timeline,
         )
+
+
+def _salt(body: SamplingFields, arrival: Arrival) -> str:
+    """Requests with different salts share nothing that is cached."""
+    return f"{arrival.tenant}/{body.cache_salt or ''}" if arrival.tenant else body.cache_salt or ""
 
 
 def _check_chat(body: ChatBody) -> None:

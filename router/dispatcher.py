@@ -1,26 +1,26 @@
-"""The router's middle: members become sessions, requests become flights, and decisions bring them together.
+"""The router's middle: members become sessions, requests become flights, and the placement brings them together.
 
-Owns the sessions, the prefix index, the queue and the flights; the HTTP front calls `start`. Everything here runs on
+Owns the sessions, the flights and the placement, which decides; the HTTP front calls `start`. Everything here runs on
 one asyncio loop and, apart from `run` and `close`, nothing waits: sessions call in with what workers say, flights
 call in when they need a worker or are over.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.kv.block_hash import chain_seed
 from engine.request import Request
 from protos import worker_pb2 as pb
-from router.admission import Admission, AdmissionConfig
-from router.cluster_view import DECODE, PREFILL, ClusterView, WorkerView
-from router.flight import Flight, RetryConfig
-from router.generation import GenerationFailed, Overloaded
+from router.cluster_view import DECODE, WorkerState
+from router.flight import Flight, RetryConfig, Slo
+from router.generation import NO_HINTS, GenerationFailed, Overloaded, RouteHints
 from router.membership import Joined, Left, Membership
-from router.policies import RoutingDecision, RoutingPolicy
-from router.prefix_index import PrefixIndex, bits
+from router.metrics import SECONDS, Histogram
+from router.placement import Placed, Placement, PlacementConfig
+from router.policies import RoutingPolicy
 from router.session import SessionConfig, WorkerSession
 from router.stream import TokenStream
 
@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class DispatcherConfig:
     session: SessionConfig = field(default_factory=SessionConfig)
-    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
+    slo: Slo = field(default_factory=Slo)
     no_worker_wait_s: float = 10.0  # how long a request waits while no decode worker is there at all
 
 
@@ -63,22 +64,21 @@ class Dispatcher:
         clock: Callable[[], float],
     ) -> None:
         self.counters = Counters()
+        self.index_lag = Histogram(
+            "index_lag_seconds", "Time from a block's change on a worker to its change in this router's index.", SECONDS
+        )
         self._membership = membership
-        self._policy = policy
         self._config = config
         self._model = model
         self._token = token
         self._secret = secret
         self._router_id = router_id
         self._clock = clock
-        self._index = PrefixIndex()
-        self._slots: dict[str, int] = {}  # in the index, by worker id; both ways
-        self._indexed: dict[int, str] = {}
-        self._admission: Admission[Flight] = Admission(config.admission, clock)
+        self._placement: Placement[Flight] = Placement(policy, config.placement, clock)
+        self._pumping = False
         self._flights: set[Flight] = set()
         self._sessions: dict[str, WorkerSession] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the latest session's, by worker id
-        self._turn = 0
         self._absent_since = clock()  # of decode workers; meaningful while not ready
         self._absence_timer: asyncio.TimerHandle | None = None
         self._runner: asyncio.Task[Any] | None = None
@@ -115,22 +115,27 @@ class Dispatcher:
         """One decode worker is enough: it can prefill too."""
         return any(session.usable and session.member.role == DECODE for session in self._sessions.values())
 
-    def start(self, request: Request, deadline: float) -> TokenStream:
+    def start(self, request: Request, deadline: float, hints: RouteHints = NO_HINTS) -> TokenStream:
         """See Generator.start. The stream must be iterated to its end or closed."""
         if self._closed:
             raise Overloaded("the router is shutting down", retry_after=1.0, unavailable=True)
         self.counters.requests += 1
         seed = chain_seed(self._secret, self._model, request.adapter, request.cache_salt)
-        flight = Flight(request, deadline, self, self._config.retry, chain_seed=seed, clock=self._clock)
+        flight = Flight(
+            request,
+            deadline,
+            self,
+            self._config.retry,
+            hints=hints,
+            slo=self._config.slo,
+            chain_seed=seed,
+            clock=self._clock,
+        )
         self._flights.add(flight)
-        self._admission.add(flight, request.priority)
-        self._pump()
-        try:
-            self._admission.refuse_excess(flight)
-        except Overloaded:
-            self.counters.refused += 1
-            flight.close()
-            raise
+        self._placement.add(flight)
+        refusals = self._pump()
+        if flight in refusals:
+            raise refusals[flight]
         self._watch_absence()
         return flight.stream
 
@@ -140,11 +145,11 @@ class Dispatcher:
             "ready": self.ready,
             "workers": [self._worker_status(session) for session in self._sessions.values()],
             "index": {
-                "blocks": self._index.num_hashes,
+                "blocks": self._placement.num_hashes,
                 "predicted_hit_tokens": self.counters.predicted_hit_tokens,
                 "actual_hit_tokens": self.counters.actual_hit_tokens,
             },
-            "queue": {"waiting": self._admission.num_waiting, "running": self._admission.num_running},
+            "queue": {"waiting": self._placement.num_waiting, "running": self._placement.num_running},
             "counters": {
                 "requests": self.counters.requests,
                 "refused": self.counters.refused,
@@ -153,12 +158,9 @@ class Dispatcher:
             },
         }
 
-    def session_attached(self, session: WorkerSession, snapshot: pb.KvSnapshot) -> None:
-        assert session.state is not None
-        worker_id, described = session.member.worker_id, session.state.description
-        self._open_slot(worker_id)
-        self._index.apply(self._slots[worker_id], snapshot.hashes)
-        log.info("attached %s worker %s with %d cached blocks", described.role, worker_id, len(snapshot.hashes))
+    def session_attached(self, session: WorkerSession, frame: pb.Frame) -> WorkerState:
+        worker_id, described, hashes = session.member.worker_id, frame.description, frame.kv_snapshot.hashes
+        log.info("attached %s worker %s with %d cached blocks", described.role, worker_id, len(hashes))
         for other in self._sessions.values():
             if (
                 other.state is not None
@@ -172,34 +174,28 @@ class Dispatcher:
                     described.fingerprint,
                     other.state.description.fingerprint,
                 )
+        return self._placement.attach(worker_id, described, hashes)
 
     def session_events(self, session: WorkerSession, frame: pb.Frame) -> None:
-        worker_id = session.member.worker_id
         for event in frame.kv_events:
-            if event.cleared:
-                self._open_slot(worker_id)
-            self._index.apply(self._slots[worker_id], event.stored, event.removed)
+            self._placement.apply(session.member.worker_id, event)
+        self.index_lag.observe(session.index_lag.applied(frame.kv_events_us / 1e6, self._clock()))
 
-    def _open_slot(self, worker_id: str) -> None:
-        """In place of the one it had: what it held before counts no more."""
-        self._close_slot(worker_id)
-        slot = self._slots[worker_id] = self._index.open()
-        self._indexed[slot] = worker_id
-
-    def _close_slot(self, worker_id: str) -> None:
-        slot = self._slots.pop(worker_id, None)
-        if slot is not None:
-            del self._indexed[slot]
-            self._index.close(slot)
+    def index_lags(self) -> Iterator[tuple[str, float, int]]:
+        """Of each attached worker: lag of its last events, blocks that it holds beyond those in the index."""
+        for worker_id, session in self._sessions.items():
+            if session.state is not None:
+                indexed = self._placement.num_blocks(worker_id)
+                yield worker_id, session.index_lag.last_s, session.state.load.num_cached_blocks - indexed
 
     def session_reported(self, session: WorkerSession) -> None:
-        if self._admission.num_waiting and session.member.role == DECODE:
+        if self._placement.num_waiting and session.member.role == DECODE:
             self._pump()
             self._watch_absence()
 
     def session_lost(self, session: WorkerSession, reason: str) -> None:
-        if self._sessions.get(session.member.worker_id) is session:  # else a successor's blocks may be indexed already
-            self._close_slot(session.member.worker_id)
+        if self._sessions.get(session.member.worker_id) is session:  # else a successor may be attached already
+            self._placement.detach(session.member.worker_id)
         if self._closed or session.retired:
             return
         self.counters.sessions_lost += 1
@@ -207,18 +203,19 @@ class Dispatcher:
         self._watch_absence()
 
     def flight_waits(self, flight: Flight) -> None:
-        self._admission.put_back(flight)
+        self._placement.put_back(flight)
         self._pump()
         self._watch_absence()
 
     def flight_over(self, flight: Flight) -> None:
         self._flights.discard(flight)
-        self._admission.release(flight)
-        timeline, decisions = flight.stream.timeline, flight.stream.decisions
-        if len(decisions) == 1 and flight.stream.token_ids:
+        stream = flight.stream
+        self._placement.release(flight, len(stream.token_ids) or None)
+        timeline, decisions = stream.timeline, stream.decisions
+        if len(decisions) == 1 and stream.token_ids:
             self.counters.predicted_hit_tokens += decisions[0].hit_tokens
             self.counters.actual_hit_tokens += timeline.cached_tokens
-        if self._admission.num_waiting and not self._closed:
+        if self._placement.num_waiting:
             self._pump()
 
     def _join(self, member: Joined, sessions: asyncio.TaskGroup) -> None:
@@ -228,6 +225,7 @@ class Dispatcher:
             return
         if known is not None:  # another life of the worker: what the old one ran is lost
             self._tasks[member.worker_id].cancel()
+            self._placement.detach(member.worker_id)
         session = WorkerSession(
             member,
             self,
@@ -254,63 +252,39 @@ class Dispatcher:
         finally:
             if self._sessions.get(worker_id) is session:
                 del self._sessions[worker_id], self._tasks[worker_id]
-                self._close_slot(worker_id)
+                self._placement.detach(worker_id)
             log.info("forgot worker %s at %s", worker_id, session.member.address)
 
-    def _pump(self) -> None:
-        """Dispatch waiting requests, first come first, until one finds no room."""
-        while not self._closed and (flight := self._admission.head()) is not None:
-            view = self._view()
-            if not view.decode or not self._dispatch(flight, view):
-                return
+    def _pump(self) -> dict[Flight, Overloaded]:
+        """Start what can be placed; the flights that were refused instead, with their errors."""
+        refusals: dict[Flight, Overloaded] = {}
+        if self._pumping or self._closed:  # what ends or waits meanwhile is seen by the loop below
+            return refusals
+        self._pumping = True
+        try:
+            for outcome in self._placement.pump():
+                flight = outcome.candidate
+                if isinstance(outcome, Placed):
+                    self._launch(outcome)
+                else:
+                    self.counters.refused += 1
+                    refusals[flight] = Overloaded(outcome.reason, retry_after=outcome.retry_after)
+                    flight.give_up(refusals[flight])
+        finally:
+            self._pumping = False
+        return refusals
 
-    def _dispatch(self, flight: Flight, view: ClusterView) -> bool:
-        facts = flight.facts(self._turn)
-        matches = self._matches(flight, view) if self._policy.uses_matches and flight.reusable else {}
-        decision = self._policy.choose(facts, matches, view)
-        if decision is None:
-            return False
-        self._turn += 1
+    def _launch(self, placed: Placed[Flight]) -> None:
         self.counters.attempts += 1
-        self._admission.take()
-        prefill, decode = self._workers(decision)
-        decode_view = next(worker for worker in view.decode if worker.id == decision.decode)
-        matched_blocks = matches.get(decision.decode, 0) // decode_view.block_size
-        flight.launch(
-            decision,
-            prefill,
-            decode,
-            prefill_tokens=facts.num_uncached(decision.hit_tokens),
-            decode_blocks=max(0, facts.num_blocks_on(decode_view) - matched_blocks),
-        )
-        return True
-
-    def _workers(self, decision: RoutingDecision) -> tuple[WorkerSession | None, WorkerSession]:
+        decision = placed.decision
         prefill = self._sessions[decision.prefill] if decision.prefill is not None else None
-        return prefill, self._sessions[decision.decode]
-
-    def _matches(self, flight: Flight, view: ClusterView) -> dict[str, int]:
-        """Tokens of the request each worker is believed to hold. Workers with other block sizes hash otherwise."""
-        matches: dict[str, int] = {}
-        for block_size in {worker.block_size for worker in (*view.prefill, *view.decode)}:
-            for num_blocks, mask in self._index.match(flight.hashes(block_size)):
-                for slot in bits(mask).tolist():
-                    matches[self._indexed[slot]] = num_blocks * block_size
-        return matches
-
-    def _view(self) -> ClusterView:
-        prefill: list[WorkerView] = []
-        decode: list[WorkerView] = []
-        for session in self._sessions.values():
-            if session.usable and session.state is not None:
-                (prefill if session.member.role == PREFILL else decode).append(session.state.view())
-        return ClusterView(tuple(prefill), tuple(decode))
+        placed.candidate.launch(placed, prefill, self._sessions[decision.decode])
 
     def _watch_absence(self) -> None:
         """While there is no decode worker, waiting requests have a time after which they are told so."""
         if self.ready or self._closed:
             self._cancel_absence_timer()
-        elif self._absence_timer is None and self._admission.num_waiting:
+        elif self._absence_timer is None and self._placement.num_waiting:
             self._absent_since = self._clock()
             self._arm_absence_timer(self._config.no_worker_wait_s)
 
@@ -328,7 +302,7 @@ class Dispatcher:
         if self.ready:
             return
         deadlines = {
-            flight: max(flight.waiting_since, self._absent_since) + wait_s for flight in self._admission.waiting()
+            flight: max(flight.waiting_since, self._absent_since) + wait_s for flight in self._placement.waiting()
         }
         for flight, deadline in deadlines.items():
             if deadline <= now:
@@ -358,8 +332,8 @@ class Dispatcher:
                 "num_waiting_tokens": load.num_waiting_tokens,
                 "num_handoffs": load.num_handoffs,
                 "draining": load.draining,
-                "indexed_blocks": self._index.num_blocks(self._slots[member.worker_id]),
-                "index_lag_s": round(self._clock() - session.last_frame_at, 3),
+                "indexed_blocks": self._placement.num_blocks(member.worker_id),
+                "index_lag_s": round(session.index_lag.last_s, 6),
             }
         return known
 

@@ -2,6 +2,8 @@
 
 Made by `router.http` for every request and handed to the handlers. Every response carries the request id. Waiting for
 the client is bounded: a body has a size limit and a deadline; stalled readers are the server's (`router.server`).
+Events need no task: where the server lets them be written directly, as `router.server` does, they are; the beginning
+of a stream, and with other servers all of it, is kept until the next `flush`.
 """
 
 import asyncio
@@ -18,6 +20,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 JSON = b"application/json"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+WRITE_CHUNK = "baton.write_chunk"  # ASGI extension: writes a part of a body at once; False: the client does not keep up
 LINGER_S = 2.0  # how long what is left of a refused body is read, so that the client gets to see the answer
 
 
@@ -29,6 +32,10 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.status: int | None = None
+        self._write_chunk: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_CHUNK)
+        self._unsent = b""  # events
+        self._streaming = False  # the head of a stream of events has been sent
+        self._flushing = asyncio.Lock()
         self._receive = receive
         self._send = send
         self._body_read = False
@@ -71,16 +78,30 @@ class Exchange:
             await self._linger()
             await self.end_events(b"")
 
-    async def start_events(self) -> None:
-        """Begin a stream of server-sent events."""
-        unbuffered = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
-        await self._start(200, b"text/event-stream; charset=utf-8", unbuffered)
+    def write_events(self, events: bytes) -> bool:
+        """Send server-sent events, beginning a stream of them. False: wait for `flush` before the next ones."""
+        if self._unsent or not self._streaming or self._write_chunk is None:
+            self._unsent += events
+            return False
+        return not events or self._write_chunk(events)
 
-    async def send_events(self, events: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+    async def flush(self) -> None:
+        """Sends what is kept, and waits until the client has made room."""
+        async with self._flushing:
+            await self._start_events()
+            events, self._unsent = self._unsent, b""
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def end_events(self, events: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": events, "more_body": False})
+        """Send the last events and end the stream."""
+        await self._start_events()
+        await self._send({"type": "http.response.body", "body": self._unsent + events, "more_body": False})
+
+    async def _start_events(self) -> None:
+        if self.status is None:
+            unbuffered = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+            await self._start(200, b"text/event-stream; charset=utf-8", unbuffered)
+            self._streaming = True
 
     @contextmanager
     def cancel_on_disconnect(self) -> Iterator[None]:

@@ -19,8 +19,9 @@ from engine.request import FinishReason, Request
 from engine.wire import submit_to_pb
 from protos import worker_pb2 as pb
 from router.attempt import Attempt
-from router.generation import DeadlineExceeded, GenerationFailed
-from router.policies import RequestFacts, RoutingDecision
+from router.generation import DeadlineExceeded, GenerationFailed, RouteHints
+from router.placement import Placed
+from router.policies import RequestFacts
 from router.session import WorkerSession
 from router.stream import TokenStream
 
@@ -33,6 +34,14 @@ log = logging.getLogger(__name__)
 class RetryConfig:
     max_fruitless: int = 8  # attempts in a row that add no token: such a request may be what breaks the workers
     backoff_s: float = 0.05  # before the third fruitless attempt, doubling; the second starts at once
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What requests should take, from their arrival: those that no worker can serve so are refused at once."""
+
+    ttft_s: float | None = None  # until the first token; None: any time
+    tpot_s: float | None = None  # for each later one
 
 
 class FlightOwner(Protocol):
@@ -53,6 +62,8 @@ class Flight:
         owner: FlightOwner,
         config: RetryConfig,
         *,
+        hints: RouteHints,
+        slo: Slo,
         chain_seed: int,
         clock: Callable[[], float],
     ) -> None:
@@ -64,6 +75,8 @@ class Flight:
         self._deadline = deadline
         self._owner = owner
         self._config = config
+        self._hints = hints
+        self._slo = slo
         self._chain_seed = chain_seed
         self._clock = clock
         self._hashes: dict[int, list[int]] = {}  # by block size, of the tokens the next attempt submits
@@ -85,9 +98,20 @@ class Flight:
         """Whether cached blocks spare any work: logprobs of the prompt need all of it computed."""
         return self._request.params.prompt_logprobs is None or self.has_tokens
 
-    def facts(self, turn: int) -> RequestFacts:
-        num_tokens = len(self._request.token_ids)
-        return RequestFacts(num_tokens, self.stream.num_left, turn, self._excluded)
+    def facts(self) -> RequestFacts:
+        request = self._request
+        slo = Slo() if self.stream.decisions else self._slo  # one that has begun is not refused
+        return RequestFacts(
+            num_tokens=len(request.token_ids),
+            max_new_tokens=self.stream.num_left,
+            arrived=self.stream.timeline.received,
+            priority=request.priority,
+            tenant=self._hints.tenant,
+            session=self._hints.session,
+            ttft_s=slo.ttft_s,
+            tpot_s=slo.tpot_s,
+            excluded=self._excluded,
+        )
 
     def hashes(self, block_size: int) -> list[int]:
         hashes = self._hashes.get(block_size)
@@ -96,17 +120,9 @@ class Flight:
             self._hashes[block_size] = hashes
         return hashes
 
-    def launch(
-        self,
-        decision: RoutingDecision,
-        prefill: WorkerSession | None,
-        decode: WorkerSession,
-        *,
-        prefill_tokens: int,
-        decode_blocks: int,
-    ) -> None:
-        """Start an attempt on the workers of `decision`, which are attached."""
-        timeline = self.stream.timeline
+    def launch(self, placed: Placed["Flight"], prefill: WorkerSession | None, decode: WorkerSession) -> None:
+        """Start an attempt on the workers it was placed on, which are attached."""
+        decision, timeline = placed.decision, self.stream.timeline
         timeline.attempts += 1
         if timeline.dispatched is None:
             timeline.dispatched = self._clock()
@@ -116,7 +132,11 @@ class Flight:
         self._attempt = Attempt(
             self._submit, self.stream, self, prefill=prefill, decode=decode, timeout_ms=self._timeout_ms
         )
-        self._attempt.start(prefill_tokens=prefill_tokens, decode_blocks=decode_blocks)
+        self._attempt.start(
+            prefill_tokens=placed.prefill_tokens,
+            prefill_past=placed.prefill_past,
+            decode_blocks=placed.decode_blocks,
+        )
 
     def attempt_finished(self) -> None:
         self._finish()

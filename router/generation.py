@@ -3,7 +3,7 @@
 The front speaks HTTP and text; the dispatcher speaks workers, attempts and retries. Both know only this.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,24 +60,40 @@ class Timeline:
 
 
 class GenerationStream(Protocol):
-    """Iterate to get deltas. Iterating raises InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded.
+    """`aclose` may be called at any time, also instead of `forward`: it cancels the request on every worker.
 
-    `aclose` may be called at any time, also instead of iterating: it cancels the request on every worker.
     `prompt_logprobs` (of prompt tokens 1..) is complete when the first delta arrives.
     """
 
     timeline: Timeline
     prompt_logprobs: list[TokenLogprobs] | None
 
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
+    async def forward(self, take: Callable[[Delta], bool]) -> None:
+        """Call `take` with each delta where it arrives, until it wants no more (False) or the stream has ended.
+
+        `take` must not block; what it does not take now comes together in the next call's first delta. Raises what
+        `take` raises, and InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded.
+        """
+        ...
 
     async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RouteHints:
+    """What routing may know of a request that workers need not."""
+
+    session: str = ""  # its turns each begin with the one before; empty: none
+    tenant: str = ""  # whose share of the cluster it takes
+
+
+NO_HINTS = RouteHints()
 
 
 class Generator(Protocol):
     """The dispatcher as the front sees it."""
 
-    def start(self, request: Request, deadline: float) -> GenerationStream:
+    def start(self, request: Request, deadline: float, hints: RouteHints = NO_HINTS) -> GenerationStream:
         """Admit `request`, to be finished by monotonic time `deadline`. Raises Overloaded at once when full."""
         ...
 

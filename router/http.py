@@ -24,7 +24,7 @@ from router.answer import Answerer
 from router.completions import Arrival, Planner
 from router.errors import ApiError, ClientGone, as_api_error
 from router.exchange import Exchange, Receive, Scope, Send
-from router.generation import Generator, ModelCard
+from router.generation import Generator, ModelCard, RouteHints
 from router.metrics import Metrics
 from router.prompts import PromptEncoder, check_ids
 from router.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decode_body, refuse_unsupported
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 32 * 1024
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
+MAX_NAME_BYTES = 256
 MODEL_PREFIX = "/v1/models/"
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -143,7 +144,8 @@ class Front:
             await exchange.respond(answer.status, answer.body(), headers=answer.headers)
         else:
             # No [DONE] and no end of the body: the server then cuts the connection, which no client takes for success.
-            await exchange.send_events(b"data: " + answer.body() + b"\n\n")
+            exchange.write_events(b"data: " + answer.body() + b"\n\n")
+            await exchange.flush()
 
     def _tenant(self, exchange: Exchange) -> str:
         """A name for the key that was sent; empty where none is demanded. Raises ApiError 401."""
@@ -163,13 +165,14 @@ class Front:
         return hmac.new(key.strip(), b"cache salt", hashlib.sha256).hexdigest()[:32]
 
     def _arrival(self, exchange: Exchange) -> Arrival:
-        received = self._clock()
+        received, tenant = self._clock(), self._tenant(exchange)
         return Arrival(
             received=received,
             created=int(self._wall_clock()),
             deadline=received + self._config.request_timeout_s,
-            tenant=self._tenant(exchange),
+            tenant=tenant,
             timeline=self._config.show_timeline and exchange.headers.get(b"x-baton-timeline") == b"1",
+            hints=RouteHints(_name(exchange, b"x-session-id"), _name(exchange, b"x-tenant-id") or tenant),
         )
 
     async def _read(self, exchange: Exchange) -> bytes:
@@ -193,7 +196,8 @@ class Front:
             special = body.add_special_tokens is not False
             ids: Sequence[int] = await self._encoder.encode(body.prompt, add_special_tokens=special, param="prompt")
         else:
-            prompt = await self._encoder.chat(body, add_special_tokens=body.add_special_tokens is True)
+            special = body.add_special_tokens is True
+            prompt = await self._encoder.chat(body, add_special_tokens=special, owner=self._tenant(exchange))
             ids = prompt.token_ids
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._card.max_model_len, "tokens": ids}
         answer["token_strs"] = (
@@ -255,6 +259,11 @@ class Front:
         except PackageNotFoundError:
             number = "unknown"
         await exchange.respond(200, msgspec.json.encode({"version": number}))
+
+
+def _name(exchange: Exchange, header: bytes) -> str:
+    """A header's value, of which the router keeps so much; empty where it was not sent."""
+    return exchange.headers.get(header, b"")[:MAX_NAME_BYTES].decode("latin-1")
 
 
 def _check_head(scope: Scope) -> None:

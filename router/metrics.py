@@ -6,9 +6,10 @@ exported under each of its names when scraped. One writer: the event loop.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -17,8 +18,8 @@ from prometheus_client.registry import CollectorRegistry
 from engine.request import FinishReason
 from router.generation import Timeline
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
-_LONG_SECONDS = (*_SECONDS, 40.0, 80.0, 160.0, 640.0, 2560.0)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
+_LONG_SECONDS = (*SECONDS, 40.0, 80.0, 160.0, 640.0, 2560.0)
 _TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
 _BYTES = tuple(float(4**power) for power in range(5, 18))
 _BYTES_PER_SECOND = tuple(float(step * 10**power) for power in range(7, 13) for step in (1, 2, 5))
@@ -51,6 +52,16 @@ class Histogram:
         return list(zip(bounds, accumulate(self.counts), strict=True))
 
 
+class IndexWatch(Protocol):
+    """What the dispatcher knows of how far its index is behind the workers."""
+
+    index_lag: Histogram
+
+    def index_lags(self) -> Iterable[tuple[str, float, int]]:
+        """Of each attached worker: lag of its last events, seconds; blocks that it holds beyond those in the index."""
+        ...
+
+
 @dataclass(slots=True)
 class Transfers:
     """The handoffs of one transport."""
@@ -68,8 +79,9 @@ class Transfers:
 class Metrics:
     """Registers itself with `registry`; `model` is the value of the model_name label."""
 
-    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+    def __init__(self, registry: CollectorRegistry, model: str, index: IndexWatch | None = None) -> None:
         self.registry = registry
+        self._index = index
         self.num_waiting = 0  # requests without a first token
         self.num_running = 0  # requests with a first token, not ended
         self.prompt_tokens = 0
@@ -79,7 +91,7 @@ class Metrics:
         self.responses: Counter[tuple[str, int]] = Counter()  # route, status -> HTTP responses; 499: client left
         self.first_token = Histogram("time_to_first_token_seconds", "Time to first token.", _LONG_SECONDS, vllm=True)
         self.inter_token = Histogram(
-            "inter_token_latency_seconds", "Time between a choice's deltas.", _SECONDS, vllm=True
+            "inter_token_latency_seconds", "Time between a choice's deltas.", SECONDS, vllm=True
         )
         self.e2e = Histogram("e2e_request_latency_seconds", "Time from arrival to the end.", _LONG_SECONDS, vllm=True)
         self.queued = Histogram("request_queue_time_seconds", "Time before prefill began.", _LONG_SECONDS, vllm=True)
@@ -88,9 +100,9 @@ class Metrics:
         self.prompt_length = Histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS, vllm=True)
         self.output_length = Histogram("request_generation_tokens", "Output tokens of a choice.", _TOKENS, vllm=True)
         self.transfer_bytes = Histogram("kv_transfer_bytes", "KV bytes moved for a choice that ran to its end.", _BYTES)
-        self.transfer_time = Histogram("kv_transfer_seconds", "Time KV of a request was in transfer.", _SECONDS)
+        self.transfer_time = Histogram("kv_transfer_seconds", "Time KV of a request was in transfer.", SECONDS)
         self.exposed_time = Histogram(
-            "kv_transfer_exposed_seconds", "Transfer time that prefill did not hide.", _SECONDS
+            "kv_transfer_exposed_seconds", "Transfer time that prefill did not hide.", SECONDS
         )
         self.transfers: dict[str, Transfers] = {}  # by transport
         self._model = model
@@ -134,9 +146,27 @@ class Metrics:
         for (route, status), count in self.responses.items():
             responses.add_metric([route, str(status)], count)
         yield responses
+        if self._index is not None:
+            yield from self._of_index(self._index)
 
     def _histograms(self) -> list[Histogram]:
         return [value for value in vars(self).values() if isinstance(value, Histogram)]
+
+    def _of_index(self, index: IndexWatch) -> Iterator[Metric]:
+        yield index.index_lag.family("baton_", self._model)
+        lag = GaugeMetricFamily(
+            "baton_worker_index_lag_seconds", "Lag of a worker's last blocks.", labels=["worker_id"]
+        )
+        behind = GaugeMetricFamily(
+            "baton_worker_index_blocks_behind",
+            "Blocks cached on a worker by its last report, less those the index has of it.",
+            labels=["worker_id"],
+        )
+        for worker_id, lag_s, num_behind in index.index_lags():
+            lag.add_metric([worker_id], lag_s)
+            behind.add_metric([worker_id], num_behind)
+        yield lag
+        yield behind
 
     def _by_transport(self) -> Iterator[Metric]:
         labels = ["model_name", "transport"]

@@ -1,19 +1,19 @@
-"""Where a request goes. Pure: the same facts, matches and view give the same decision.
+"""Where a request goes. Pure: the same facts, hits and table give the same decision.
 
-The dispatcher calls `choose` when a request reaches the head of its queue; `None` means that no decode worker has
+Placement calls `choose` when a request reaches the head of its queue; `None` means that no decode worker has
 room, so the request stays in the router (decode first: nothing is prefilled that nobody can decode).
 A prefill worker is only ever paired with a decode worker of the same fingerprint.
+
+Everything is computed for all workers of a pool at once: arrays are indexed by position in the pool.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from engine.step_model import StepModel
-from router.cluster_view import ClusterView, WorkerView
+import numpy as np
 
-# Of an H200 with an 8B model: what workers are taken for until one of them has run some steps.
-REFERENCE = StepModel(base_s=0.0035, prefill_token_s=21e-6, pair_s=1e-9, decode_s=26e-6, kv_token_s=3e-8)
+from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, prefill_cost
+from router.worker_table import Bools, Floats, Ints, Pool, WorkerTable
 
 # Output tokens for which a decode worker must have room before it gets a request. Reserving all of max_tokens
 # would leave most memory idle, since most answers end early; a worker preempts when the guess was too low.
@@ -25,20 +25,24 @@ HANDOFF_TOKENS = 64
 TRANSFER_TOKENS = 0.1
 
 
-T = TypeVar("T")
-
-
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
+    """Times are by the clock of the placement that decides."""
+
     num_tokens: int  # the prompt, and what earlier attempts produced
     max_new_tokens: int  # how many may still come
-    turn: int  # counts decisions: spreads ties
+    arrived: float = 0.0
+    priority: int = 0  # lower is earlier
+    tenant: str = ""
+    session: str = ""
+    ttft_s: float | None = None  # what the first token should take from arrival on, and each later one
+    tpot_s: float | None = None
     excluded: frozenset[str] = frozenset()  # workers the last attempt saw fail
 
-    def num_blocks_on(self, worker: WorkerView) -> int:
-        """Blocks to have free on a decode worker before it gets this request."""
-        num_tokens = self.num_tokens + min(self.max_new_tokens, OUTPUT_RESERVE_TOKENS)
-        return -(-num_tokens // worker.block_size)
+    @property
+    def num_reserved_tokens(self) -> int:
+        """To have room for on a decode worker before it gets this request."""
+        return self.num_tokens + min(self.max_new_tokens, OUTPUT_RESERVE_TOKENS)
 
     def num_uncached(self, matched: int) -> int:
         """Tokens to compute after a hit of `matched` tokens; the last one always is, for its logits."""
@@ -51,165 +55,220 @@ class RoutingDecision:
     decode: str
     hit_tokens: int  # predicted, on the worker that prefills
     reason: str
+    ttft_s: float = 0.0  # predicted, from the decision on; 0 where the policy does not predict
+    prefill_s: float = 0.0  # of work for whoever prefills
+    cost_s: float = 0.0
 
 
-Matches = Mapping[str, int]  # tokens of cached prefix, by worker id
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """No worker is predicted to serve it in time."""
+
+    reason: str
 
 
 class RoutingPolicy(Protocol):
     @property
-    def uses_matches(self) -> bool:
+    def uses_hits(self) -> bool:
         """Whether hashing the prompt is worth the time."""
         ...
 
-    def choose(self, facts: RequestFacts, matches: Matches, view: ClusterView) -> RoutingDecision | None: ...
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
+        """`hits`: tokens of cached prefix, by slot of the index. None: the request waits."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRobin:
-    uses_matches: bool = False
+    uses_hits: bool = False
 
-    def choose(self, facts: RequestFacts, matches: Matches, view: ClusterView) -> RoutingDecision | None:
-        decoders = _with_room(facts, matches, view)
-        if not decoders:
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+        decoders = np.flatnonzero(_with_room(facts, hits, table.decode))
+        if not len(decoders):
             return None
-        decode = decoders[facts.turn % len(decoders)]
-        partners = _partners(facts, decode, view)
-        prefill = partners[facts.turn % len(partners)] if partners else None
-        return _decision(prefill, decode, matches, "round robin")
+        decode = int(decoders[table.turn % len(decoders)])
+        partners = np.flatnonzero(_partners(facts, decode, table))
+        prefill = int(partners[table.turn % len(partners)]) if len(partners) else None
+        return decision(prefill, decode, hits, table, "round robin")
 
 
 @dataclass(frozen=True, slots=True)
 class LeastLoaded:
-    uses_matches: bool = False
+    uses_hits: bool = False
 
-    def choose(self, facts: RequestFacts, matches: Matches, view: ClusterView) -> RoutingDecision | None:
-        decoders = _with_room(facts, matches, view)
-        if not decoders:
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+        decoders = _with_room(facts, hits, table.decode)
+        if not decoders.any():
             return None
-        decode = _least(decoders, [_occupancy(worker) for worker in decoders], facts.turn)
-        partners = _partners(facts, decode, view)
-        queues = [_queue_seconds(worker, _model(worker, view.prefill)) for worker in partners]
-        prefill = _least(partners, queues, facts.turn) if partners else None
-        return _decision(prefill, decode, matches, "least loaded")
+        decode = cheapest(np.where(decoders, table.decode.occupancy, np.inf), table.turn)
+        partners = _partners(facts, decode, table)
+        queues = np.where(partners, table.prefill.wait_s, np.inf)
+        prefill = cheapest(queues, table.turn) if partners.any() else None
+        return decision(prefill, decode, hits, table, "least loaded")
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixAware:
-    """Least cost in seconds, by each worker's own model of its steps: the wait for the first token (queue, tokens to
-    compute), what a handoff takes, and how much longer the decode worker's sequences will take.
+    """Least cost in seconds of all that a request causes: see docs/routing.md for the formula.
 
-    The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (0: never) and its
-    own queue makes that no slower than a handoff, or when there is no prefill worker to pair it with. A threshold
-    alone would send short prompts to busy decode workers.
+    The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (0: never) and that
+    is cheaper, or when there is no prefill worker to pair it with.
     """
 
     local_prefill_max_tokens: int = 64
-    uses_matches: bool = True
+    uses_hits: bool = True
 
-    def choose(self, facts: RequestFacts, matches: Matches, view: ClusterView) -> RoutingDecision | None:
-        decoders = _with_room(facts, matches, view)
-        if not decoders:
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
+        pool = table.decode
+        hits_here = hits[pool.rows]
+        needed = blocks_needed(facts, hits_here, pool)
+        able = with_room(facts, needed, pool)
+        has_room = bool(able.any())
+        if not has_room and facts.ttft_s is None:
             return None
-        partners = self._best_prefill(facts, matches, view)
-        options = [self._option(facts, matches, view, decode, partners.get(decode.fingerprint)) for decode in decoders]
-        index = _least(range(len(options)), [option[0] for option in options], facts.turn)
-        _, prefill, reason = options[index]
-        return _decision(prefill, decoders[index], matches, reason)
+        routes = self._routes(facts, hits, hits_here, table)
+        decode = decode_cost(
+            facts.num_tokens, facts.max_new_tokens, needed, pool, routes.first, table.demand.mean_output
+        )
+        if facts.ttft_s is not None or facts.tpot_s is not None:
+            in_time = routes.seconds < np.inf
+            if facts.tpot_s is not None:
+                in_time &= decode.step <= facts.tpot_s
+            if not in_time.any():
+                return Reject("no worker can serve the request in time")
+            able &= in_time
+            has_room = bool(able.any())
+        if not has_room:
+            return None
+        costs = np.where(able, routes.seconds + decode.total, np.inf)
+        best = cheapest(costs, table.turn)
+        return routes.decision(best, hits, table, float(costs[best]))
 
-    def _best_prefill(
-        self, facts: RequestFacts, matches: Matches, view: ClusterView
-    ) -> dict[str, tuple[float, WorkerView]]:
-        """The cheapest prefill worker of each fingerprint, with its cost."""
-        best: dict[str, tuple[float, WorkerView]] = {}
-        num_workers = len(view.prefill)
-        for offset in range(num_workers):
-            worker = view.prefill[(facts.turn + offset) % num_workers]
-            if worker.id in facts.excluded:
-                continue
-            cost = _first_token_seconds(facts, matches, worker, _model(worker, view.prefill))
-            if worker.fingerprint not in best or cost < best[worker.fingerprint][0]:
-                best[worker.fingerprint] = (cost, worker)
-        return best
+    def _routes(self, facts: RequestFacts, hits: Ints, hits_here: Ints, table: WorkerTable) -> "_Routes":
+        """To each decode worker, the best way to have the prompt computed."""
+        pool, prefill, num_tokens = table.decode, table.prefill, facts.num_tokens
+        left = np.inf if facts.ttft_s is None else facts.ttft_s - (table.now - facts.arrived)
+        uncached_here = np.maximum(1, num_tokens - hits_here)
+        routes = _Routes(pool)
+        if len(prefill):
+            cost = prefill_cost(num_tokens, np.maximum(1, num_tokens - hits[prefill.rows]), prefill, _load(table))
+            seconds = cost.first + cost.others
+            there: Bools | None = None
+            if facts.excluded:
+                there = ~prefill.among(facts.excluded)
+                seconds = np.where(there, seconds, np.inf)
+            if left < np.inf:
+                seconds = np.where(cost.first <= left, seconds, np.inf)
+            for fingerprint in range(table.num_fingerprints):
+                routes.pair(fingerprint, seconds, cost, there, uncached_here, table)
+        local = ~routes.paired | (uncached_here <= self.local_prefill_max_tokens)
+        if local.any():
+            cost = prefill_cost(num_tokens, uncached_here, pool, PrefillLoad(0.0, 0.0))
+            # Every sequence that decodes here stands still meanwhile.
+            seconds = cost.first + cost.work * pool.num_running
+            seconds = np.where(local & (cost.first <= left), seconds, np.inf)
+            routes.prefill_here(seconds, cost)
+        return routes
 
-    def _option(
+
+class _Routes:
+    """By decode worker: `seconds` until the first token and of delay to other prompts (inf: no way in time), when the
+    `first` token is there, the `partner` that prefills (-1: none) and the `work` that is."""
+
+    def __init__(self, pool: Pool) -> None:
+        size = len(pool)
+        self.seconds: Floats = np.full(size, np.inf)
+        self.first: Floats = np.zeros(size)
+        self.work: Floats = np.zeros(size)
+        self.partner: Ints = np.full(size, -1, np.intp)
+        self.paired: Bools = np.zeros(size, np.bool_)  # there is a prefill worker for it, perhaps none in time
+
+    def pair(
         self,
-        facts: RequestFacts,
-        matches: Matches,
-        view: ClusterView,
-        decode: WorkerView,
-        partner: tuple[float, WorkerView] | None,
-    ) -> tuple[float, WorkerView | None, str]:
-        uncached, model = facts.num_uncached(matches.get(decode.id, 0)), _model(decode, view.decode)
-        prefiller = model if partner is None else _model(partner[1], view.prefill)
-        # Each of its sequences makes every step of the newcomer longer, as the newcomer does theirs.
-        load = _occupancy(decode) * min(facts.max_new_tokens, OUTPUT_RESERVE_TOKENS) * _growth(facts, decode, model)
-        local = load + _first_token_seconds(facts, matches, decode, model if model.prefill_token_s else prefiller)
-        if partner is None:
-            return local, None, "no prefill worker"
-        cost, prefill = partner
-        disaggregated = load + cost + prefiller.prefill_token_s * (HANDOFF_TOKENS + TRANSFER_TOKENS * uncached)
-        if uncached <= self.local_prefill_max_tokens and local <= disaggregated:
-            return local, None, "local prefill is cheaper"
-        return disaggregated, prefill, "least cost"
+        fingerprint: int,
+        seconds: Floats,
+        cost: PrefillCost,
+        there: Bools | None,
+        uncached_here: Ints,
+        table: WorkerTable,
+    ) -> None:
+        """Decode workers of a fingerprint, with the cheapest prefill worker of the same one."""
+        pool, prefill = table.decode, table.prefill
+        same: Bools | slice = slice(None)
+        if table.num_fingerprints > 1:
+            same = pool.fingerprint == fingerprint
+            mine = prefill.fingerprint == fingerprint
+            seconds = np.where(mine, seconds, np.inf)
+            there = mine if there is None else mine & there
+        self.paired[same] = there is None or bool(there.any())
+        best = cheapest(seconds, table.turn)
+        if seconds[best] == np.inf:
+            return
+        token_s = prefill.prefill_token_s[best]
+        handoff = token_s * (HANDOFF_TOKENS + TRANSFER_TOKENS * uncached_here[same])
+        self.seconds[same] = seconds[best] + handoff
+        self.first[same] = cost.first[best]
+        self.work[same] = cost.work[best]
+        self.partner[same] = best
+
+    def prefill_here(self, seconds: Floats, cost: PrefillCost) -> None:
+        better = seconds <= self.seconds
+        self.partner = np.where(better, -1, self.partner)
+        for mine, other in ((self.seconds, seconds), (self.first, cost.first), (self.work, cost.work)):
+            np.copyto(mine, other, where=better)
+
+    def decision(self, decode: int, hits: Ints, table: WorkerTable, cost_s: float) -> RoutingDecision:
+        partner = int(self.partner[decode])
+        if partner >= 0:
+            prefill, reason = partner, "least cost"
+        else:
+            prefill, reason = None, "local prefill is cheaper" if self.paired[decode] else "no prefill worker"
+        predicted = (float(self.first[decode]), float(self.work[decode]), cost_s)
+        return decision(prefill, decode, hits, table, reason, *predicted)
 
 
-def _model(worker: WorkerView, pool: Sequence[WorkerView]) -> StepModel:
-    """Its own, or that of another one in its pool."""
-    return worker.model or next((each.model for each in pool if each.model), REFERENCE)
+def _load(table: WorkerTable) -> PrefillLoad:
+    """Of a worker of the prefill pool. What other routers send is taken to be like what this one sends, and as much as
+    their part of the sequences on decode workers."""
+    demand, num_workers = table.demand, len(table.prefill)
+    routers = max(1.0, float(table.decode.num_seqs.sum()) / max(1, table.num_own))
+    per_worker = routers / num_workers
+    return PrefillLoad(demand.prefills_per_s(table.now) * per_worker, demand.prefill_load(table.now) * per_worker)
 
 
-def _queue_seconds(worker: WorkerView, model: StepModel) -> float:
-    num_tokens = worker.num_waiting_tokens
-    return worker.queue_s + (model.prefill_seconds(num_tokens, 0) if num_tokens else 0.0)
+def blocks_needed(facts: RequestFacts, hits_here: Ints, pool: Pool) -> Floats:
+    """To have free on each decode worker before it gets this request."""
+    needed: Floats = np.ceil(facts.num_reserved_tokens / pool.block_size) - hits_here // pool.block_size
+    return needed
 
 
-def _first_token_seconds(facts: RequestFacts, matches: Matches, worker: WorkerView, model: StepModel) -> float:
-    uncached = facts.num_uncached(matches.get(worker.id, 0))
-    return _queue_seconds(worker, model) + model.prefill_seconds(uncached, facts.num_tokens - uncached)
-
-
-def _growth(facts: RequestFacts, decode: WorkerView, model: StepModel) -> float:
-    """Seconds that one more sequence adds to a step; noise must not say that it is free, or one worker gets all."""
-    return max(model.decode_s, model.base_s / decode.max_num_seqs) + model.kv_token_s * facts.num_tokens
-
-
-def _with_room(facts: RequestFacts, matches: Matches, view: ClusterView) -> list[WorkerView]:
+def with_room(facts: RequestFacts, needed: Floats, pool: Pool) -> Bools:
     """Decode workers that can hold the request, without those that just failed unless there is no other."""
-    able = [worker for worker in view.decode if _has_room(facts, matches.get(worker.id, 0), worker)]
-    return [worker for worker in able if worker.id not in facts.excluded] or able
+    fits = (pool.num_seqs < pool.seq_limit) & (needed <= pool.num_free_blocks)
+    able: Bools = fits | (pool.num_seqs == 0)  # what does not fit in an empty worker never will: let it say so
+    if facts.excluded:
+        rest: Bools = able & ~pool.among(facts.excluded)
+        return rest if rest.any() else able
+    return able
 
 
-def _has_room(facts: RequestFacts, matched: int, worker: WorkerView) -> bool:
-    if worker.num_seqs == 0:
-        return True  # what does not fit in an empty worker never will: let it say so
-    needed = facts.num_blocks_on(worker) - matched // worker.block_size
-    return worker.num_seqs < worker.seq_limit and needed <= worker.num_free_blocks
+def decision(
+    prefill: int | None, decode: int, hits: Ints, table: WorkerTable, reason: str, *predicted: float
+) -> RoutingDecision:
+    """`predicted`: the decision's last fields."""
+    pool, position = (table.decode, decode) if prefill is None else (table.prefill, prefill)
+    prefill_id = None if prefill is None else table.prefill.worker_id(prefill)
+    return RoutingDecision(
+        prefill_id, table.decode.worker_id(decode), int(hits[pool.rows[position]]), reason, *predicted
+    )
 
 
-def _partners(facts: RequestFacts, decode: WorkerView, view: ClusterView) -> list[WorkerView]:
+def _with_room(facts: RequestFacts, hits: Ints, pool: Pool) -> Bools:
+    return with_room(facts, blocks_needed(facts, hits[pool.rows], pool), pool)
+
+
+def _partners(facts: RequestFacts, decode: int, table: WorkerTable) -> Bools:
     """Prefill workers to pair `decode` with. Those that just failed are left out even when there is no other:
     the decode worker can prefill by itself, which does not depend on what failed."""
-    return [
-        worker
-        for worker in view.prefill
-        if worker.fingerprint == decode.fingerprint and worker.id not in facts.excluded
-    ]
-
-
-def _occupancy(worker: WorkerView) -> float:
-    """Sequences it decodes, or as many as its used memory stands for if that is more."""
-    used = 1.0 - worker.num_free_blocks / worker.num_blocks if worker.num_blocks else 0.0
-    return max(float(worker.num_seqs), used * worker.max_num_seqs)
-
-
-def _least(items: Sequence[T], costs: Sequence[float], turn: int) -> T:
-    """The cheapest item; among equals, the next one after `turn`."""
-    least = min(costs)
-    ties = [item for item, cost in zip(items, costs, strict=True) if cost == least]
-    return ties[turn % len(ties)]
-
-
-def _decision(prefill: WorkerView | None, decode: WorkerView, matches: Matches, reason: str) -> RoutingDecision:
-    worker = prefill or decode
-    return RoutingDecision(prefill.id if prefill else None, decode.id, matches.get(worker.id, 0), reason)
+    partners: Bools = table.prefill.fingerprint == table.decode.fingerprint[decode]
+    return partners & ~table.prefill.among(facts.excluded) if facts.excluded else partners

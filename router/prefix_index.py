@@ -5,7 +5,7 @@ routing decision. It only predicts; a worker compares token ids before it reuses
 
 Invariant the search rests on: workers evict leaves first, so a worker that holds block i of a chain holds
 blocks 0..i-1 too. Along a chain the masks of living workers can therefore only lose bits, and the places where they
-do are found by galloping and bisection instead of a walk.
+do are found by bisection instead of a walk: what one bisection learns of blocks further on, the next ones start from.
 
 A worker is a slot: the number of its bit. A closed slot is masked out of every answer at once; its bits leave shard by
 shard with later events, and only then is the number given out again. Blocks with equal masks share one int.
@@ -108,27 +108,23 @@ class PrefixIndex:
         position, end = 0, len(hashes)
         mask = shards[hashes[0] & _SHARD].get(hashes[0], 0) if end else 0
         live = mask & self._live
+        known = [(end, 0)]  # blocks further on and their masks, the nearest last; past the end nobody holds anything
         while live:
-            # Gallop to the first probe that differs, then bisect down to where the change happened.
-            same, step = position, 1
-            while (probe := same + step) < end:
-                if shards[(block_hash := hashes[probe]) & _SHARD].get(block_hash, 0) != mask:
-                    break
-                same = probe
-                step += step
-            different = min(probe, end)
-            while different - same > 1:
-                middle = (same + different) >> 1
-                if shards[(block_hash := hashes[middle]) & _SHARD].get(block_hash, 0) == mask:
-                    same = middle
-                else:
-                    different = middle
-            position = different
-            mask = shards[(block_hash := hashes[position]) & _SHARD].get(block_hash, 0) if position < end else 0
-            rest = mask & live
-            if rest != live:
-                found.append((position, live & ~rest))
-                live = rest
+            end, after = known.pop()
+            if after != mask:
+                while (middle := (position + end) >> 1) != position:
+                    probed = shards[(block_hash := hashes[middle]) & _SHARD].get(block_hash, 0)
+                    if probed == mask:
+                        position = middle
+                    else:
+                        known.append((end, after))
+                        end, after = middle, probed
+                mask = after
+                rest = mask & live
+                if rest != live:
+                    found.append((end, live ^ rest))
+                    live = rest
+            position = end
         return found
 
     def _discard(self, slot: int, hashes: Iterable[int]) -> None:
@@ -191,5 +187,7 @@ class PrefixIndex:
 
 def bits(mask: int) -> npt.NDArray[np.intp]:
     """The numbers of the bits that are set, ascending."""
+    if mask and not mask & (mask - 1):
+        return np.array([mask.bit_length() - 1], np.intp)
     raw = mask.to_bytes((mask.bit_length() + 7) // 8, "little")
     return np.flatnonzero(np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little"))

@@ -83,21 +83,23 @@ class CompletionFormat:
         self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._hide_output = hide_output  # only the prompt is wanted
         self._head = _head(envelope, "text_completion")
+        self._extras = envelope.logprobs or envelope.token_ids or hide_output
         self._offsets: dict[int, int] = {}  # choice index -> length of the token texts before
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
-        envelope = self._envelope
-        fields = self._choice(piece.choice, [piece], echo=envelope.echo and piece.first)
-        if not (fields["text"] or piece.finish_reason or envelope.logprobs or envelope.token_ids):
-            return b""
-        if piece.first or envelope.logprobs or envelope.token_ids:
+        if piece.first or self._extras:
+            envelope = self._envelope
+            fields = self._choice(piece.choice, [piece], echo=envelope.echo and piece.first)
+            if not (fields["text"] or piece.finish_reason or envelope.logprobs or envelope.token_ids):
+                return b""
             return b"".join((self._head, b'"choices":[', _encode(fields), b"]", tail, b"}\n\n"))
-        finish = b"null" if piece.finish_reason is None else b'"%s"' % piece.finish_reason.encode()
-        text = _encode(fields["text"])
-        return b'%s"choices":[{"index":%d,"text":%s,"logprobs":null,"finish_reason":%s}]%s}\n\n' % (
+        if not piece.text and piece.finish_reason is None:
+            return b""
+        finish = b"null" if piece.finish_reason is None else b'"%b"' % piece.finish_reason.encode()
+        return b'%b"choices":[{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b}]%b}\n\n' % (
             self._head,
             piece.choice.index,
-            text,
+            _encode(piece.text),
             finish,
             tail,
         )

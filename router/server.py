@@ -17,6 +17,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from router.exchange import WRITE_CHUNK
+
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
 
@@ -83,6 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         if self._head_timer is not None:
             self._head_timer.cancel()
+        self.scope["extensions"] = {WRITE_CHUNK: self._write_chunk}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
@@ -97,6 +100,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
         super().resume_writing()
+
+    def _write_chunk(self, part: bytes) -> bool:
+        """A part of the body of the answer under way, which is chunked. False: the client does not keep up."""
+        if not self.transport.is_closing():
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return not self.flow.write_paused
 
     def _await_head(self) -> None:
         if self._head_timer is not None:

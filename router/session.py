@@ -21,6 +21,7 @@ from engine.errors import WorkerLost
 from engine.wire import CHANNEL_OPTIONS
 from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, WorkerState
+from router.index_lag import IndexLag
 from router.membership import Joined
 
 METHOD = "/baton.worker.Worker/Session"
@@ -38,7 +39,6 @@ class SessionConfig:
     attach_timeout_s: float = 60.0  # the first frame waits for the end of the worker's current step
     min_backoff_s: float = 0.1
     max_backoff_s: float = 2.0
-    seqs_per_slot: float = 1.5  # sequences sent per decode slot, so that freed slots find a prefilled successor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,9 @@ class Sink:
 
 
 class SessionListener(Protocol):
-    def session_attached(self, session: "WorkerSession", snapshot: pb.KvSnapshot) -> None: ...
+    def session_attached(self, session: "WorkerSession", frame: pb.Frame) -> WorkerState:
+        """`frame` has the worker's description and snapshot."""
+        ...
 
     def session_events(self, session: "WorkerSession", frame: pb.Frame) -> None:
         """A frame with KV events, in order and without gaps."""
@@ -82,6 +84,7 @@ class WorkerSession:
         self.member = member
         self.state: WorkerState | None = None
         self.last_frame_at = clock()
+        self.index_lag = IndexLag()
         self._listener = listener
         self._config = config
         self._model = model
@@ -105,7 +108,7 @@ class WorkerSession:
     @property
     def usable(self) -> bool:
         """Whether new requests may go here."""
-        return self.state is not None and not (self._retired or self._stalled or self.state.load.draining)
+        return self.state is not None and self.state.usable
 
     @property
     def retired(self) -> bool:
@@ -115,12 +118,12 @@ class WorkerSession:
     def num_open(self) -> int:
         return len(self._sinks)
 
-    def open(self, sink: Sink, tokens: int, blocks: int) -> int:
-        """Reserve room for a request that will be submitted; returns its handle. The session must be attached."""
+    def open(self, sink: Sink, tokens: int, blocks: int, past: int) -> int:
+        """Reserve room for a request that will be submitted; returns its handle. See WorkerState.reserve."""
         assert self.state is not None
         handle = next(self._handles)
         self._sinks[handle] = sink
-        self.state.reserve(handle, tokens, blocks)
+        self.state.reserve(handle, tokens, blocks, past)
         return handle
 
     def submit(self, handle: int, template: pb.Submit, timeout_ms: int, offer: bytes) -> None:
@@ -149,11 +152,13 @@ class WorkerSession:
     def retire(self) -> None:
         """Take no new requests, end with the last one; do not attach again."""
         self._retired = True
+        self._update_state()
         self._end_if_idle()
 
     def revive(self) -> None:
         """The member is back before its last request ended."""
         self._retired = False
+        self._update_state()
 
     async def run(self) -> None:
         """Attach, serve until lost, and again; returns when retired and idle."""
@@ -232,12 +237,12 @@ class WorkerSession:
             raise WorkerLost(f"it is {described.role} worker {described.worker_id}, not {member.role}")
         if described.model != self._model or not described.block_size:
             raise WorkerLost(f"it serves model {described.model!r}, not {self._model!r}")
-        self.state = WorkerState(member.worker_id, described, self._config.seqs_per_slot)
         self._next_event = frame.kv_snapshot.next_event_number
         self._next_frame = 0
+        self.index_lag = IndexLag()
         self._outgoing.clear()
         self._progressed_at = self._clock()
-        self._listener.session_attached(self, frame.kv_snapshot)
+        self.state = self._listener.session_attached(self, frame)
         self._receive(frame)
 
     def _receive(self, frame: pb.Frame) -> None:
@@ -247,9 +252,11 @@ class WorkerSession:
         state = self.state
         assert state is not None
         self.last_frame_at = self._clock()
+        self.index_lag.frame_came(frame.sent_us / 1e6, self.last_frame_at)
         load = frame.load
         state.report(load)
         self._check_progress(load.progress, load.num_running > 0)
+        self._update_state()
         if frame.kv_events:
             if frame.kv_event_number != self._next_event:
                 raise WorkerLost(f"KV event {self._next_event} is missing, {frame.kv_event_number} came")
@@ -272,6 +279,10 @@ class WorkerSession:
         elif not self._stalled and now - self._progressed_at > self._config.stall_s:
             self._stalled = True
             raise WorkerLost(f"it runs requests and made no progress for {self._config.stall_s} s")
+
+    def _update_state(self) -> None:
+        if self.state is not None:
+            self.state.closed = self._retired or self._stalled
 
     async def _write(self, call: Any) -> None:
         """One writer, so commands keep their order. A worker that does not read falls silent, and is lost by that."""

@@ -1,7 +1,8 @@
 """The client's end of one request: tokens from whichever worker sends them, each index exactly once and in order.
 
-The current attempt writes (`accept`, `fail`), the HTTP front iterates. Everything that arrived between two
-iterations comes out as one delta, so a slow client costs memory bounded by max_tokens and no work per token.
+The current attempt writes (`accept`, `fail`), the HTTP front takes deltas where they arrive (`forward`) or iterates.
+Everything that arrived between two takes comes out as one delta, so a slow client costs memory bounded by max_tokens
+and no work per token.
 Invariant: `token_ids[i]` is output token i, and what was accepted never changes.
 """
 
@@ -32,7 +33,8 @@ class TokenStream:
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
         self._ended = False  # nothing follows what is buffered
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[bool] | None = None
+        self._consumer: Callable[[Delta], bool] | None = None  # while there is a waiter
         self._on_close: Callable[[], None] | None = None
 
     def on_close(self, callback: Callable[[], None]) -> None:
@@ -77,23 +79,34 @@ class TokenStream:
             self._error, self._ended = error, True
             self._wake()
 
+    async def forward(self, take: Callable[[Delta], bool]) -> None:
+        """See GenerationStream.forward."""
+        more = True
+        while more:
+            delta = self._take()
+            if delta is not None:
+                more = take(delta)
+            elif self._error is not None:
+                raise self._error
+            elif self._ended:
+                return
+            else:
+                more = await self._wait(take)
+
     def __aiter__(self) -> "TokenStream":
         return self
 
     async def __anext__(self) -> Delta:
-        while True:
-            delta = self._take()
-            if delta is not None:
-                return delta
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        taken: list[Delta] = []
+
+        def take(delta: Delta) -> bool:
+            taken.append(delta)
+            return False
+
+        await self.forward(take)
+        if not taken:
+            raise StopAsyncIteration
+        return taken[0]
 
     async def aclose(self) -> None:
         if self._on_close is not None:
@@ -121,9 +134,30 @@ class TokenStream:
         if not token_ids and reason is None:
             return None
         delta = Delta(token_ids, self._logprobs, reason)
-        self._num_consumed, self._logprobs, self._finish_reason = len(self.token_ids), [], None
+        self._num_consumed += len(token_ids)
+        self._finish_reason = None
+        if self._logprobs:
+            self._logprobs = []
         return delta
 
+    async def _wait(self, take: Callable[[Delta], bool]) -> bool:
+        """Until `take`, called from where tokens arrive, wants no more (then False), or the stream ended."""
+        self._consumer, self._waiter = take, asyncio.get_running_loop().create_future()
+        try:
+            return await self._waiter
+        finally:
+            self._consumer = self._waiter = None
+
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, more = self._waiter, True
+        if waiter is None or waiter.done():
+            return
+        delta = self._take()
+        if delta is not None and self._consumer is not None:
+            try:
+                more = self._consumer(delta)
+            except Exception as error:  # the consumer's, not of the worker whose frame this is
+                waiter.set_exception(error)
+                return
+        if (self._ended or not more) and not waiter.done():
+            waiter.set_result(more)

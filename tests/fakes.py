@@ -26,7 +26,12 @@ class FakeClock:
 
 
 def instant_executor(
-    *, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 1024, vocab_size: int = 1000
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_model_len: int = 1024,
+    vocab_size: int = 1000,
+    clock: Callable[[], float] | None = None,
 ) -> SimulatedExecutor:
     """A simulated executor whose steps take no time: real KV bytes, tokens that depend on them."""
     config = SimulatedConfig(
@@ -40,7 +45,7 @@ def instant_executor(
         block_size=block_size,
         num_blocks=num_blocks,
     )
-    return SimulatedExecutor(config, lambda _seconds: None)
+    return SimulatedExecutor(config, lambda _seconds: None, clock)
 
 
 @dataclass

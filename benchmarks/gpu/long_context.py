@@ -11,8 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import torch
-
+from baton.step_timer import fill
 from benchmarks.gpu.harness import (
     CONFIGS,
     Floors,
@@ -26,9 +25,7 @@ from benchmarks.gpu.harness import (
     show,
 )
 from engine.engine import Engine
-from engine.kv.device_memory import DeviceMemory
 
-FILLED_AT_ONCE = 512  # blocks
 CONTEXTS = {"llama-3-8b": [32768, 131072], "tiny": [512, 2048]}
 COLUMNS = {
     "context": ",d",
@@ -52,23 +49,13 @@ def main() -> None:
     # A small step keeps the peak forward small, so that the pool gets what is left of the card.
     floors = measure_floors(args)
     with engine_for(args, max_batch_tokens=2048, max_num_seqs=max(args.batch), memory_fraction=0.95) as engine:
-        fill(engine)
+        fill(engine.executor.memory)
         rows = [
             measure(engine, shape, floors, args, context, batch)
             for context in args.context or CONTEXTS[args.config]
             for batch in args.batch
         ]
     show(args, floors, COLUMNS, rows)
-
-
-def fill(engine: Engine) -> None:
-    """The pool of a GPU with random numbers: zeros take less power to read."""
-    memory = engine.executor.memory
-    if isinstance(memory, DeviceMemory):
-        kv = memory.kv(getattr(torch, memory.layout.dtype))
-        for start in range(0, memory.num_blocks, FILLED_AT_ONCE):
-            blocks = kv[start : min(start + FILLED_AT_ONCE, memory.num_blocks)]
-            blocks.copy_(torch.randn(blocks.shape, dtype=torch.bfloat16, device=memory.device))
 
 
 def measure(

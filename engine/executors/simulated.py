@@ -6,13 +6,16 @@ wrong bytes gives wrong tokens here too. Greedy and sampled requests get the sam
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from xxhash import xxh3_64_intdigest
 
-from engine.executors.base import Batch, Chunk, FinishedStep, Sampled, SampleSpec, StepResult, TokenLogprobs
+from engine.executors.base import Batch, Chunk, Sampled, SampleSpec, StepResult, TokenLogprobs
 from engine.kv.layout import KvLayout
 from engine.kv.memory import HostMemory
+from engine.step_model import chunks_work
+from engine.step_profile import StepProfile
 
 NUM_LAST = 8  # keys read back for each token: the last positions
 NUM_PROBES = 8  # values read back: positions spread evenly over the whole sequence, others in each step
@@ -26,6 +29,7 @@ class SimulatedConfig:
     step_base_s: float = 0.005
     decode_s_per_sequence: float = 0.0001
     kv_read_tokens_per_s: float = 50e6
+    profile: StepProfile | None = None  # measured steps, in place of these speeds
     vocab_size: int = 32_000
     first_token_id: int = 256  # it emits this id and above: those below are often control tokens
     eos_token_ids: tuple[int, ...] = ()  # emitted as any other token, so sequences end at random
@@ -39,7 +43,10 @@ class SimulatedConfig:
 
 
 def step_seconds(config: SimulatedConfig, batch: Batch) -> float:
-    """How long a step takes: a base, the tokens of prompts, the sequences that decode, and the KV they read."""
+    """How long a step takes: what the profile says, or the sum of a base, the tokens of prompts, the sequences that
+    decode, and the KV they read."""
+    if config.profile is not None:
+        return config.profile.step_seconds(chunks_work((chunk.start, len(chunk.token_ids)) for chunk in batch.chunks))
     num_prefill_tokens = num_decodes = num_read = 0
     for chunk in batch.chunks:
         if len(chunk.token_ids) == 1:
@@ -55,36 +62,72 @@ def step_seconds(config: SimulatedConfig, batch: Batch) -> float:
     )
 
 
-class SimulatedExecutor:
-    """Implements engine.executors.base.Executor. `sleep` is how its time passes."""
+@dataclass(frozen=True, slots=True)
+class SimulatedStep:
+    """Computed, and not told before its time."""
 
-    def __init__(self, config: SimulatedConfig, sleep: Callable[[float], None]) -> None:
+    done: StepResult
+    wait: Callable[[], None]
+    on_group_done: Callable[[int], None] | None
+
+    def result(self) -> StepResult:
+        self.wait()
+        if self.on_group_done is not None:
+            self.on_group_done(0)
+        return self.done
+
+
+class SimulatedExecutor:
+    """Implements engine.executors.base.Executor. `sleep` is how its time passes.
+
+    With a `clock` two steps can be in flight, as on a GPU: the second one begins when the first one ends, whatever the
+    caller does meanwhile.
+    """
+
+    def __init__(
+        self, config: SimulatedConfig, sleep: Callable[[float], None], clock: Callable[[], float] | None = None
+    ) -> None:
         self._config = config
         self._sleep = sleep
+        self._clock = clock
+        self._free_at = 0.0  # by the clock: when the steps submitted have been computed
+        self._sampled: list[Sampled | None] = []  # by each chunk of the step submitted last
         self.layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=config.block_size, dtype="int32")
         self.memory = HostMemory(self.layout, config.num_blocks)
         self.layer_groups: tuple[int, ...] = (1,)
         self.vocab_size = config.vocab_size
         self.max_model_len = config.max_model_len
         self.eos_token_ids = config.eos_token_ids
-        self.max_in_flight = 1
+        self.max_in_flight = 1 if clock is None else 2
         self.model_hash = f"simulated-{config.vocab_size}-{config.first_token_id}"
         self._slots = self.memory.buffer.cast("i")  # [block, k|v, slot]
 
-    def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> FinishedStep:
-        for chunk in batch.chunks:
+    def submit(self, batch: Batch, on_group_done: Callable[[int], None] | None = None) -> SimulatedStep:
+        chunks = [chunk if chunk.follows is None else self._following(chunk, chunk.follows) for chunk in batch.chunks]
+        for chunk in chunks:
             self._write(chunk)
-        seconds = step_seconds(self._config, batch)
-        if seconds > 0:
-            self._sleep(seconds)
-        if on_group_done is not None:
-            on_group_done(0)
-        sampled = [None if chunk.sample is None else self._next(chunk, chunk.sample) for chunk in batch.chunks]
+        sampled = [None if chunk.sample is None else self._next(chunk, chunk.sample) for chunk in chunks]
         prompt_logprobs = [
             None if chunk.prompt_logprobs is None else [TokenLogprobs(each, 0.0) for each in chunk.next_token_ids]
-            for chunk in batch.chunks
+            for chunk in chunks
         ]
-        return FinishedStep(StepResult(sampled, prompt_logprobs))
+        self._sampled = sampled
+        wait = self._waiting(step_seconds(self._config, batch))
+        return SimulatedStep(StepResult(sampled, prompt_logprobs), wait, on_group_done)
+
+    def _following(self, chunk: Chunk, row: int) -> Chunk:
+        """With the token that was sampled last."""
+        last = self._sampled[row]
+        assert last is not None, chunk
+        return replace(chunk, token_ids=(last.token_id,))
+
+    def _waiting(self, seconds: float) -> Callable[[], None]:
+        """Lets the time of a step pass that is submitted now."""
+        clock = self._clock
+        if clock is None:
+            return partial(self._sleep, seconds)
+        ends = self._free_at = max(self._free_at, clock()) + seconds
+        return lambda: self._sleep(max(0.0, ends - clock()))
 
     def close(self) -> None:
         self._slots.release()

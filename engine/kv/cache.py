@@ -13,15 +13,15 @@ from collections.abc import Iterable, Sequence
 from engine.kv.block_pool import BlockPool
 from engine.kv.events import KvEvent
 from engine.kv.layout import BlockId
-from engine.kv.prefix_cache import PrefixCache
+from engine.kv.prefix_cache import Contents, PrefixCache
 
 
 class KvCache:
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, contents: Contents | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._pool = BlockPool(num_blocks)
-        self._cache = PrefixCache(num_blocks, block_size)
+        self._cache = PrefixCache(num_blocks, block_size, contents)
 
     @property
     def num_free(self) -> int:
@@ -36,6 +36,11 @@ class KvCache:
     def next_event_number(self) -> int:
         """Number of the first event that the next `drain_events` returns."""
         return self._cache.events.next_event_number
+
+    @property
+    def has_events(self) -> bool:
+        """Whether anything changed since the last `drain_events`."""
+        return not self._cache.events.is_empty
 
     def match(self, token_ids: Sequence[int], hashes: Sequence[int]) -> list[BlockId]:
         """Blocks of the longest cached prefix of `token_ids`, retained for the caller. `hashes`: of its full blocks."""

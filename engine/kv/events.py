@@ -4,7 +4,7 @@ A mirror that applies every event in order (cleared, then removed, then stored) 
 log coalesces, and when nobody reads it, it shrinks to one event that says everything: its size is bounded by the cache.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -29,15 +29,19 @@ class KvEventLog:
         self._num_hashes = 0
         self.next_event_number = 0  # of the first event that the next `drain` returns
 
-    def stored(self, block_hash: int) -> None:
-        self._stored.append(block_hash)
-        self._count()
+    @property
+    def is_empty(self) -> bool:
+        return not (self._closed or self._removed or self._stored)
+
+    def stored(self, block_hashes: Sequence[int]) -> None:
+        self._stored += block_hashes
+        self._count(len(block_hashes))
 
     def removed(self, block_hash: int) -> None:
         if self._stored:
             self._close()
         self._removed.append(block_hash)
-        self._count()
+        self._count(1)
 
     def cleared(self) -> None:
         self._closed = [KvEvent(cleared=True)]
@@ -55,8 +59,8 @@ class KvEventLog:
             self._closed.append(KvEvent(tuple(self._removed), tuple(self._stored)))
             self._removed, self._stored = [], []
 
-    def _count(self) -> None:
-        self._num_hashes += 1
+    def _count(self, num_hashes: int) -> None:
+        self._num_hashes += num_hashes
         if self._num_hashes > self._max_hashes:
             self._closed = [KvEvent(stored=tuple(self._snapshot()), cleared=True)]
             self._removed, self._stored, self._num_hashes = [], [], 0

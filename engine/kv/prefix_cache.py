@@ -7,25 +7,29 @@ longest is a leaf, and evicting in that order keeps "block i cached implies bloc
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from engine.kv.block_hash import TOKEN_BYTES, token_bytes
 from engine.kv.events import KvEventLog
 from engine.kv.layout import BlockId
 
+# What is in the blocks `first` to `end` (exclusive) of a sequence: equal bytes exactly for equal tokens.
+Contents = Callable[[Sequence[int], int, int], Sequence[bytes]]
 
-@dataclass(frozen=True, slots=True)
-class CachedBlock:
+
+class CachedBlock(NamedTuple):  # made twice as fast as a frozen dataclass, for each block that is cached
     block_hash: int
-    tokens: bytes
+    content: bytes
     parent: BlockId | None  # None: the first block of its chain
 
 
 class PrefixCache:
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self._block_bytes = block_size * TOKEN_BYTES
-        self._block_size = block_size
+    """`contents` None: the tokens themselves. Who has none (a simulation) says what stands for them."""
+
+    def __init__(self, num_blocks: int, block_size: int, contents: Contents | None = None) -> None:
+        self._contents = contents or partial(token_contents, block_size)
         self.by_hash: dict[int, BlockId] = {}
         self.entries: dict[BlockId, CachedBlock] = {}
         self.idle: OrderedDict[BlockId, None] = OrderedDict()  # idle for longest first
@@ -36,11 +40,10 @@ class PrefixCache:
         num_likely = self.num_likely(hashes)
         if num_likely == 0:
             return []
-        tokens = token_bytes(token_ids[: num_likely * self._block_size])
         blocks: list[BlockId] = []
         parent = None
-        for i in range(num_likely):
-            block = self._find(hashes[i], self._piece(tokens, i), parent)
+        for block_hash, content in zip(hashes, self._contents(token_ids, 0, num_likely), strict=False):
+            block = self._find(block_hash, content, parent)
             if block is None:
                 break
             blocks.append(block)
@@ -70,24 +73,24 @@ class PrefixCache:
         while first > 0 and block_ids[first - 1] not in self.entries:
             first -= 1
         parent = block_ids[first - 1] if first else None
-        tokens = token_bytes(token_ids[first * self._block_size : num_blocks * self._block_size])
         parents: list[BlockId] = []
         twins: list[tuple[int, BlockId]] = []
-        for i in range(first, num_blocks):
-            piece = self._piece(tokens, i - first)
+        stored: list[int] = []
+        for i, content in enumerate(self._contents(token_ids, first, num_blocks), first):
             if hashes[i] in self.by_hash:
-                parent = self._find(hashes[i], piece, parent)
+                parent = self._find(hashes[i], content, parent)
                 if parent is None:  # a collision: what follows cannot be reached
                     break
                 twins.append((i, parent))
                 continue
             block = block_ids[i]
             self.by_hash[hashes[i]] = block
-            self.entries[block] = CachedBlock(hashes[i], piece, parent)
-            self.events.stored(hashes[i])
+            self.entries[block] = CachedBlock(hashes[i], content, parent)
+            stored.append(hashes[i])
             if parent is not None:
                 parents.append(parent)
             parent = block
+        self.events.stored(stored)
         return parents, twins
 
     def evict(self) -> BlockId:
@@ -104,13 +107,16 @@ class PrefixCache:
         self.idle.clear()
         self.events.cleared()
 
-    def _find(self, block_hash: int, tokens: bytes, parent: BlockId | None) -> BlockId | None:
-        """The block cached under this hash if it has these tokens after that parent, hence the whole prefix."""
+    def _find(self, block_hash: int, content: bytes, parent: BlockId | None) -> BlockId | None:
+        """The block cached under this hash if it has this content after that parent, hence the whole prefix."""
         block = self.by_hash.get(block_hash)
         if block is None:
             return None
         entry = self.entries[block]
-        return block if entry.tokens == tokens and entry.parent == parent else None
+        return block if entry.content == content and entry.parent == parent else None
 
-    def _piece(self, tokens: bytes, i: int) -> bytes:
-        return tokens[i * self._block_bytes : (i + 1) * self._block_bytes]
+
+def token_contents(block_size: int, token_ids: Sequence[int], first: int, end: int) -> list[bytes]:
+    """The tokens of each of these blocks."""
+    tokens, size = token_bytes(token_ids[first * block_size : end * block_size]), block_size * TOKEN_BYTES
+    return [tokens[start : start + size] for start in range(0, len(tokens), size)]

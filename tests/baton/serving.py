@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.executors.base import Executor
 from engine.request import Request, RequestId
 from engine.scheduler import SchedulerConfig
-from router.generation import ModelCard
+from router.generation import ModelCard, RouteHints
 from router.http import Front, FrontConfig
 from router.metrics import Metrics
 from router.stream import TokenStream
@@ -31,7 +31,7 @@ class EngineGenerator:
         self.streams: dict[RequestId, TokenStream] = {}
         self._work = asyncio.Event()
 
-    def start(self, request: Request, _deadline: float) -> TokenStream:
+    def start(self, request: Request, _deadline: float, _hints: RouteHints) -> TokenStream:
         stream = TokenStream(request.params.max_tokens, time.monotonic(), time.monotonic)
         self.engine.submit(request)
         self.streams[request.id] = stream

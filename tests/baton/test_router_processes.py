@@ -1,42 +1,63 @@
-"""`baton router --workers N` on a real port, over no workers: a router without them is alive and not ready."""
+"""`baton router --workers N` on a real port. Without workers, a router is alive and not ready."""
 
 import asyncio
+import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from baton import router_processes
 from cluster.addresses import free_port
 from cluster.spec_file import load_spec, parse_spec, save_spec
-from tests.checkpoints import make_tokenizer
+from cluster.supervisor import Backoff, ClusterFailed
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture
 def spec_path(tmp_path: Path) -> Path:
-    make_tokenizer(tmp_path, 512)
-    (tmp_path / "config.json").write_text("{}")
-    router = {"port": free_port("127.0.0.1"), "workers": 2}
-    fields = {"model": str(tmp_path), "engine": "simulated", "run_dir": str(tmp_path / "run"), "router": router}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    fields = {
+        "model": str(tmp_path),
+        "load": "dummy",  # every byte is a token
+        "engine": "simulated",
+        "run_dir": str(tmp_path / "run"),
+        "router": {"port": free_port("127.0.0.1"), "workers": 2},
+        "prefill": {"replicas": 0},
+        "simulated": {"step_base_s": 0.02},
+    }
     save_spec(parse_spec(fields), tmp_path / "spec.yaml")
     return tmp_path / "spec.yaml"
 
 
-async def start(spec_path: Path, *options: str) -> asyncio.subprocess.Process:
-    argv = (sys.executable, "-m", "baton", "router", "--spec", str(spec_path), *options)
-    return await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
-
-
-@pytest.fixture
-async def router(spec_path: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await start(spec_path)
-    yield process
-    if process.returncode is None:
-        process.kill()
-        await process.wait()
+@asynccontextmanager
+async def started(command: str, spec_path: Path, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    argv = (sys.executable, "-m", "baton", command, "--spec", str(spec_path), *options)
+    process = await asyncio.create_subprocess_exec(*argv, stderr=asyncio.subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 async def listening(parent: asyncio.subprocess.Process, spec_path: Path, count: int) -> set[int]:
@@ -53,43 +74,122 @@ async def listening(parent: asyncio.subprocess.Process, spec_path: Path, count: 
             }
             if len(found) == count:
                 return found
-            await asyncio.sleep(0.1)  # nothing tells when
+            await asyncio.sleep(0.05)  # nothing tells when
 
 
-async def test_processes_share_the_port_are_started_again_and_end_with_the_router(
-    router: asyncio.subprocess.Process, spec_path: Path
+async def get(spec_path: Path, route: str) -> httpx.Response:
+    """Over a new connection, which may go to either process."""
+    async with httpx.AsyncClient(trust_env=False, verify=False) as client:
+        return await client.get(f"http://127.0.0.1:{load_spec(spec_path).router.port}{route}")
+
+
+async def metric(spec_path: Path, name: str, **labels: str) -> float:
+    """Sum of the samples with these labels."""
+    families = text_string_to_metric_families((await get(spec_path, "/metrics")).text)
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+async def num_live_answers(spec_path: Path) -> float:
+    return await metric(spec_path, "baton_http_responses_total", route="/live")
+
+
+async def test_processes_share_port_and_metrics_are_started_again_and_end_with_the_router(spec_path: Path) -> None:
+    async with started("router", spec_path) as router:
+        first = await listening(router, spec_path, 2)
+        answers = [(await get(spec_path, "/live")).status_code for _ in range(16)]
+        assert answers == [200] * 16
+        async with asyncio.timeout(10):  # the other process writes what it counted within a second
+            while (seen := await num_live_answers(spec_path)) != 16:
+                assert seen < 16
+                await asyncio.sleep(0.05)
+        killed = psutil.Process(min(first))
+        killed.kill()
+        await asyncio.to_thread(killed.wait, 10)
+        assert await num_live_answers(spec_path) == 16
+        now = await listening(router, spec_path, 2)
+        assert len(now & first) == 1
+        for _ in range(4):
+            assert await num_live_answers(spec_path) == 16
+        arguments = psutil.Process(min(now)).cmdline()
+        metrics_dir = arguments[arguments.index("--metrics-dir") + 1]
+        assert os.path.isdir(metrics_dir)  # noqa: ASYNC240
+        router.send_signal(signal.SIGTERM)
+        assert await router.wait() == 0
+        assert not os.path.exists(metrics_dir)  # noqa: ASYNC240
+        assert not any(psutil.pid_exists(pid) for pid in now)
+        assert router.stderr is not None
+        assert b"was killed by SIGKILL" in await router.stderr.read()
+
+
+async def test_streams_of_all_processes_end_before_the_router_does(spec_path: Path) -> None:
+    url = f"http://127.0.0.1:{load_spec(spec_path).router.port}/v1/completions"
+    body = {
+        "model": load_spec(spec_path).public_model_name,
+        "prompt": list(range(40)),
+        "max_tokens": 120,
+        "stream": True,
+    }
+
+    async def stream() -> str:
+        async with (
+            httpx.AsyncClient(trust_env=False, verify=False, timeout=30) as client,
+            client.stream("POST", url, json=body | {"ignore_eos": True}) as answer,
+        ):
+            assert answer.status_code == 200
+            return [line async for line in answer.aiter_lines() if line][-1]
+
+    async with started("decode", spec_path), started("router", spec_path) as router:
+        await listening(router, spec_path, 2)
+        async with asyncio.timeout(30):
+            ready = 0
+            while ready < 8:  # in a row: both processes know the worker
+                ready = ready + 1 if (await get(spec_path, "/ready")).status_code == 200 else 0
+        streams = [asyncio.create_task(stream()) for _ in range(8)]
+        async with asyncio.timeout(20):
+            while await metric(spec_path, "baton_num_requests_running") < 8:
+                pass
+            while await metric(spec_path, "baton_index_lag_seconds_count") == 0:
+                pass
+        assert 0 < await metric(spec_path, "baton_worker_index_lag_seconds") < 10
+        router.send_signal(signal.SIGTERM)
+        assert not any(each.done() for each in streams)
+        assert await asyncio.gather(*streams) == ["data: [DONE]"] * 8
+        assert await asyncio.wait_for(router.wait(), 10) == 0
+
+
+async def test_a_process_that_cannot_stay_up_ends_the_router(
+    spec_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = await listening(router, spec_path, 2)
-    killed = psutil.Process(min(first))
-    killed.kill()
-    await asyncio.to_thread(killed.wait, 10)
-    now = await listening(router, spec_path, 2)
-    assert len(now & first) == 1
-    url = f"http://127.0.0.1:{load_spec(spec_path).router.port}/live"
-    answers = []
-    for _ in range(8):  # each over a new connection, which may go to either
-        async with httpx.AsyncClient(trust_env=False) as client:
-            answers.append((await client.get(url)).status_code)
-    assert answers == [200] * 8
-    router.send_signal(signal.SIGTERM)
-    assert await router.wait() == 0
-    assert not any(psutil.pid_exists(pid) for pid in now)
-    assert router.stderr is not None
-    assert b"was killed by SIGKILL" in await router.stderr.read()
+    tries = tmp_path / "tries"
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho x >>{tries}.$9\nexit 3\n")  # $9: the number of the process
+    program.chmod(0o755)
+    monkeypatch.setattr(router_processes.sys, "executable", str(program))
+    monkeypatch.setattr(router_processes, "_backoff", lambda: Backoff(first_s=0.01, longest_s=0.05))
+    with pytest.raises(ClusterFailed, match=r"failed 4 times in a row .* the last time it ended with status 3"):
+        async with asyncio.timeout(30):
+            await router_processes.run_router_processes(load_spec(spec_path), spec_path, index=0)
+    assert max(len(tries.with_suffix(f".{number}").read_text().split()) for number in (0, 1)) == 4
+    assert "starting it again" in caplog.text
 
 
-async def test_a_port_that_somebody_else_has_is_refused(router: asyncio.subprocess.Process, spec_path: Path) -> None:
-    await listening(router, spec_path, 2)
-    second = await start(spec_path)
-    _, errors = await second.communicate()
-    assert second.returncode == 1
+async def test_a_port_that_somebody_else_has_is_refused(spec_path: Path) -> None:
+    somebody = await asyncio.start_server(lambda *_: None, "127.0.0.1", load_spec(spec_path).router.port)
+    async with somebody, started("router", spec_path) as router:
+        _, errors = await router.communicate()
+    assert router.returncode == 1
     assert b"cannot be listened on" in errors
 
 
 async def test_port_0_cannot_be_shared(spec_path: Path, tmp_path: Path) -> None:
     spec = load_spec(spec_path)
     save_spec(spec.model_copy(update={"router": spec.router.model_copy(update={"port": 0})}), tmp_path / "any.yaml")
-    process = await start(tmp_path / "any.yaml", "--workers", "3")
-    _, errors = await process.communicate()
-    assert process.returncode == 2
+    async with started("router", tmp_path / "any.yaml", "--workers", "3") as router:
+        _, errors = await router.communicate()
+    assert router.returncode == 2
     assert b"router.port: 0 is not allowed with 3 router processes" in errors

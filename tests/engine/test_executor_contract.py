@@ -1,5 +1,6 @@
 """Every executor under the one contract."""
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,11 +13,12 @@ from tests.engine.executor_contract import CHECKS
 from tests.fakes import instant_executor
 
 
-@pytest.fixture(scope="module", params=["simulated", "torch-llama", "torch-mistral"])
+@pytest.fixture(scope="module", params=["simulated", "simulated-two-in-flight", "torch-llama", "torch-mistral"])
 def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     kind, _, family = request.param.partition("-")
     if kind == "simulated":
-        make: Callable[[], Executor] = partial(instant_executor, block_size=8, num_blocks=64)
+        clock = time.monotonic if family else None
+        make: Callable[[], Executor] = partial(instant_executor, block_size=8, num_blocks=64, clock=clock)
     else:
         path = make_checkpoint(tmp_path_factory.mktemp(family), family, tokenizer=False)
         make = partial(TorchExecutor, path, TorchConfig(block_size=8, num_blocks=64, layers_per_group=1, num_threads=1))

@@ -276,3 +276,38 @@ def test_a_worker_learns_how_long_its_steps_take_and_tells_what_waits_in_seconds
     busiest = max(loads[100:200], key=lambda load: load.queue_us)
     assert busiest.queue_us / 1e6 == pytest.approx(0.01 + busiest.num_waiting_tokens / 1000, rel=0.1)
     assert loads[-1].queue_us == loads[-1].num_waiting_tokens == 0
+
+
+def test_frames_tell_when_the_first_of_their_cache_events_happened_and_how_many_blocks_are_cached() -> None:
+    clock = FakeClock()
+    executor = SimulatedExecutor(SimulatedConfig(step_base_s=1.0, num_blocks=12, block_size=4), clock.advance)
+    engine = Engine(executor, SchedulerConfig(max_batch_tokens=64, max_num_seqs=4), secret="", model="m")
+    sent: list[tuple[float, pb.Frame]] = []
+    clients = Clients(pb.Description(), lambda frames: sent.extend((clock(), each) for each in frames.values()), clock)
+    prompts = [tuple(range(first, first + 33)) for first in range(100, 600, 100)]
+
+    def turn(_timeout: float) -> None:
+        if not sent:
+            inbox.post(Attached(ROUTERS[0]))
+        if not clients and prompts:  # each needs blocks that the one before left in the cache
+            request = Request(RequestId(""), prompts.pop(), 33, SamplingParams(max_tokens=5, ignore_eos=True), seed=0)
+            inbox.post(Submitted(ROUTERS[0], submit_to_pb(request, len(prompts), 10**6)))
+        elif not clients:
+            loop.stop()
+
+    inbox = TurnInbox(turn)
+    role = DecodeRole(engine, clients, Intake(engine, lambda _entry: Future(), max_pulls=1), clock)
+    loop = WorkerLoop(engine, clients, inbox, role, clock)
+    loop.run()
+    executor.close()
+    held = 0
+    ages = {"stored": set(), "removed": set()}
+    for now, frame in sent:
+        for event in frame.kv_events:
+            held += len(event.stored) - len(event.removed)
+        if frame.kv_events:
+            first = frame.kv_events[0]
+            ages["removed" if first.removed else "stored"].add(round(now - frame.kv_events_us / 1e6, 3))
+            assert frame.load.num_cached_blocks == held
+    # Blocks become matchable when a step's results come, and are evicted when a step is planned, which then takes 1 s.
+    assert ages == {"stored": {0.0}, "removed": {0.0, 1.0}}

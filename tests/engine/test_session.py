@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, token: str = "") -> None:
         self.commands: asyncio.Queue[SessionCommand] = asyncio.Queue()
         self.server = InternalServer(WorkerIdentity("w", "1", "model", token=token))
-        self.sessions = SessionServer(self.commands.put_nowait, lambda: pb.Load(progress=7))
+        self.sessions = SessionServer(self.commands.put_nowait, lambda: pb.Load(progress=7), lambda: 12.5)
         self.sessions.register(self.server.grpc)
 
     async def next(self) -> SessionCommand:
@@ -70,7 +70,7 @@ async def test_heartbeats_come_only_after_the_first_frame_of_the_engine() -> Non
         worker.sessions.deliver({SessionId(0): pb.Frame(description=pb.Description(worker_id="w"))})
         assert (await first).description.worker_id == "w"
         heartbeat = await call.read()
-        assert (heartbeat.number, heartbeat.load.progress) == (1, 7)
+        assert (heartbeat.number, heartbeat.load.progress, heartbeat.sent_us) == (1, 7, 12_500_000)
 
 
 async def test_a_session_must_begin_with_attach() -> None:

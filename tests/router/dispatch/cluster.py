@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator
 from engine.request import Request, RequestId, SamplingParams
 from router.admission import AdmissionConfig
 from router.dispatcher import Dispatcher, DispatcherConfig
-from router.flight import RetryConfig
+from router.flight import RetryConfig, Slo
+from router.generation import NO_HINTS, RouteHints
 from router.membership import Joined, Left
+from router.placement import PlacementConfig
 from router.policies import PrefixAware, RoutingPolicy
 from router.session import SessionConfig
 from router.stream import TokenStream
@@ -98,7 +100,13 @@ class Cluster:
         assert all(worker["requests"] == 0 for worker in self.dispatcher.status()["workers"])
 
     def start(
-        self, *, prompt: tuple[int, ...] = PROMPT, timeout: float = 20.0, priority: int = 0, **params
+        self,
+        *,
+        prompt: tuple[int, ...] = PROMPT,
+        timeout: float = 20.0,
+        priority: int = 0,
+        hints: RouteHints = NO_HINTS,
+        **params,
     ) -> TokenStream:
         request = Request(
             id=RequestId("request"),
@@ -108,7 +116,7 @@ class Cluster:
             seed=7,
             priority=priority,
         )
-        return self.dispatcher.start(request, time.monotonic() + timeout)
+        return self.dispatcher.start(request, time.monotonic() + timeout, hints)
 
 
 async def collect(stream: TokenStream) -> list[int]:
@@ -126,6 +134,7 @@ async def cluster(
     admission: AdmissionConfig | None = None,
     no_worker_wait_s: float = 10.0,
     max_fruitless: int = 8,
+    slo: Slo = Slo(),  # noqa: B008 - frozen
     worker_options: dict | None = None,
 ):
     """Workers p0.. and d0.., attached, and a dispatcher that disagrees with no default but the times."""
@@ -135,8 +144,9 @@ async def cluster(
     workers = [FakeWorker(each, roles[each[0]], signal, token="secret", **(worker_options or {})) for each in ids]
     config = DispatcherConfig(
         session=SessionConfig(silence_s=silence_s, stall_s=stall_s, min_backoff_s=0.02, max_backoff_s=0.1),
-        admission=admission or AdmissionConfig(),
+        placement=PlacementConfig(admission or AdmissionConfig()),
         retry=RetryConfig(max_fruitless=max_fruitless, backoff_s=0.01),
+        slo=slo,
         no_worker_wait_s=no_worker_wait_s,
     )
     dispatcher = ObservedDispatcher(

@@ -7,6 +7,7 @@ point of a request's life, and with `kill`, `freeze`, `skip_frame` and `draining
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -69,6 +70,11 @@ class _Session:
     frames: asyncio.Queue[pb.Frame] = field(default_factory=asyncio.Queue)
     jobs: dict[int, Job] = field(default_factory=dict)
     number: int = 0
+
+
+def _clock_us() -> int:
+    """Far from the router's clock, as another machine's is."""
+    return round((time.monotonic() + 1e6) * 1e6)
 
 
 class FakeWorker:
@@ -151,11 +157,12 @@ class FakeWorker:
         for session in self._sessions:
             session.number += 1
 
-    def store(self, hashes: list[int]) -> None:
+    def store(self, hashes: list[int], age_s: float = 0.0) -> None:
         self.hashes += hashes
         for session in self._sessions:
-            event = pb.KvEvent(stored=hashes)
-            session.frames.put_nowait(pb.Frame(kv_events=[event], kv_event_number=self._num_events))
+            event, happened = pb.KvEvent(stored=hashes), _clock_us() - round(age_s * 1e6)
+            frame = pb.Frame(kv_events=[event], kv_event_number=self._num_events, kv_events_us=happened)
+            session.frames.put_nowait(frame)
         self._num_events += 1
 
     def clear(self, hashes: list[int]) -> None:
@@ -185,6 +192,7 @@ class FakeWorker:
                 await self._running.wait()
                 frame.number, session.number = session.number, session.number + 1
                 frame.load.CopyFrom(self._load())
+                frame.sent_us = _clock_us()
                 await context.write(frame)
                 self._signal.notify()
         finally:
@@ -207,6 +215,7 @@ class FakeWorker:
             progress=self._steps if self.progress is None else self.progress,
             draining=self.draining,
             turn=self._steps,
+            num_cached_blocks=len(self.hashes),
         )
 
     async def _read(self, session: _Session, commands) -> None:

@@ -2,81 +2,106 @@ import dataclasses
 import itertools
 import random
 
+import numpy as np
 import pytest
 
 from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
-from router.cluster_view import ClusterView, WorkerState, WorkerView
-from router.policies import LeastLoaded, PrefixAware, RequestFacts, RoundRobin
+from router.cluster_view import WorkerState
+from router.policies import LeastLoaded, PrefixAware, RequestFacts, RoundRobin, RoutingDecision, RoutingPolicy
+from router.worker_table import WorkerTable
 
 POLICIES = [RoundRobin(), LeastLoaded(), PrefixAware()]
 TOKEN_S = 0.001
 MODEL = StepModel(base_s=0.01, prefill_token_s=TOKEN_S, pair_s=0.0, decode_s=TOKEN_S, kv_token_s=0.0)
 
 
-def worker(worker_id: str, **changes) -> WorkerView:
-    view = WorkerView(
-        id=worker_id,
+def worker(
+    worker_id: str,
+    *,
+    fingerprint: str = "f",
+    num_seqs: int = 0,
+    num_free_blocks: int = 1000,
+    model: StepModel | None = MODEL,
+    queue_s: float = 0.0,
+    num_waiting_tokens: int = 0,
+) -> WorkerState:
+    description = pb.Description(
         role="prefill" if worker_id.startswith("p") else "decode",
-        fingerprint="f",
+        fingerprint=fingerprint,
         block_size=16,
         num_blocks=1000,
         max_num_seqs=64,
-        seq_limit=96,
-        num_seqs=0,
-        num_free_blocks=1000,
-        model=MODEL,
-        queue_s=0.0,
-        num_waiting_tokens=0,
-        num_pending=0,
     )
-    return dataclasses.replace(view, **changes)
+    state = WorkerState(worker_id, description, 1.5, set())
+    state.report(
+        pb.Load(
+            num_running=num_seqs,
+            num_free_blocks=num_free_blocks,
+            queue_us=round(queue_s * 1e6),
+            num_waiting_tokens=num_waiting_tokens,
+            model=None if model is None else model_to_pb(model),
+        )
+    )
+    return state
 
 
-def view(*workers: WorkerView) -> ClusterView:
-    return ClusterView(
-        prefill=tuple(each for each in workers if each.role == "prefill"),
-        decode=tuple(each for each in workers if each.role == "decode"),
-    )
+def view(*workers: WorkerState) -> WorkerTable:
+    table = WorkerTable()
+    for slot, state in enumerate(workers):
+        table.add(state, slot)
+    table.refresh()
+    return table
+
+
+def choose(
+    policy: RoutingPolicy, facts: RequestFacts, hits: dict[str, int], table: WorkerTable, turn: int = 0
+) -> RoutingDecision | None:
+    table.turn = turn
+    by_slot = np.zeros(len(table.prefill) + len(table.decode), np.intp)
+    for pool in (table.prefill, table.decode):
+        for position in range(len(pool)):
+            by_slot[pool.rows[position]] = hits.get(pool.worker_id(position), 0)
+    return policy.choose(facts, by_slot, table)
 
 
 def facts(num_tokens: int = 1000, **changes) -> RequestFacts:
-    return RequestFacts(**{"num_tokens": num_tokens, "max_new_tokens": 100, "turn": 0, **changes})
+    return RequestFacts(**{"num_tokens": num_tokens, "max_new_tokens": 100, **changes})
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_decode_worker_means_no_decision(policy):
-    assert policy.choose(facts(), {}, view(worker("p0"))) is None
+    assert choose(policy, facts(), {}, view(worker("p0"))) is None
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_without_prefill_worker_decode_prefills(policy):
-    assert policy.choose(facts(), {}, view(worker("d0"))).prefill is None
+    assert choose(policy, facts(), {}, view(worker("d0"))).prefill is None
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_decode_worker_without_blocks_or_slots_gets_nothing(policy):
     full = worker("d0", num_seqs=1, num_free_blocks=60)
     crowded = worker("d1", num_seqs=96)
-    assert policy.choose(facts(), {}, view(worker("p0"), full, crowded)) is None
-    assert policy.choose(facts(), {}, view(worker("p0"), full, crowded, worker("d2"))).decode == "d2"
+    assert choose(policy, facts(), {}, view(worker("p0"), full, crowded)) is None
+    assert choose(policy, facts(), {}, view(worker("p0"), full, crowded, worker("d2"))).decode == "d2"
 
 
 def test_blocks_already_on_the_decode_worker_need_no_room():
     nearly_full = worker("d0", num_seqs=1, num_free_blocks=10)
-    assert PrefixAware().choose(facts(), {"d0": 992}, view(nearly_full)).decode == "d0"
+    assert choose(PrefixAware(), facts(), {"d0": 992}, view(nearly_full)).decode == "d0"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_empty_worker_gets_even_what_cannot_fit_so_that_it_can_refuse_it(policy):
-    assert policy.choose(facts(10**6), {}, view(worker("d0"))).decode == "d0"
+    assert choose(policy, facts(10**6), {}, view(worker("d0"))).decode == "d0"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_equal_workers_take_turns(policy):
     workers = view(*(worker(each) for each in ("p0", "p1", "p2", "d0", "d1", "d2")))
-    decisions = [policy.choose(facts(turn=turn), {}, workers) for turn in range(6)]
+    decisions = [choose(policy, facts(), {}, workers, turn) for turn in range(6)]
     assert sorted(each.prefill for each in decisions) == ["p0", "p0", "p1", "p1", "p2", "p2"]
     assert sorted(each.decode for each in decisions) == ["d0", "d0", "d1", "d1", "d2", "d2"]
 
@@ -85,9 +110,9 @@ def test_equal_workers_take_turns(policy):
 def test_workers_that_just_failed_are_avoided_unless_nobody_else_can_decode(policy):
     workers = view(*(worker(each) for each in ("p0", "p1", "d0", "d1")))
     for turn in range(4):
-        decision = policy.choose(facts(turn=turn, excluded=frozenset({"p0", "d1"})), {}, workers)
+        decision = choose(policy, facts(excluded=frozenset({"p0", "d1"})), {}, workers, turn)
         assert (decision.prefill, decision.decode) == ("p1", "d0")
-    decision = policy.choose(facts(excluded=frozenset({"p0", "d0"})), {}, view(worker("p0"), worker("d0")))
+    decision = choose(policy, facts(excluded=frozenset({"p0", "d0"})), {}, view(worker("p0"), worker("d0")))
     assert (decision.prefill, decision.decode) == (None, "d0")
 
 
@@ -96,32 +121,32 @@ def test_fingerprints_of_a_pair_are_equal(policy):
     rng = random.Random(1)
     for turn in range(200):
         workers = [worker(f"{role}{i}", fingerprint=rng.choice("abc")) for role in "pd" for i in range(4)]
-        by_id = {each.id: each for each in workers}
-        decision = policy.choose(facts(turn=turn), {}, view(*workers))
+        by_id = {each.worker_id: each for each in workers}
+        decision = choose(policy, facts(), {}, view(*workers), turn)
         if decision.prefill is not None:
-            assert by_id[decision.prefill].fingerprint == by_id[decision.decode].fingerprint
+            assert by_id[decision.prefill].description.fingerprint == by_id[decision.decode].description.fingerprint
 
 
 def test_prefix_aware_goes_where_the_prefix_is_until_the_queue_there_is_longer():
-    def choose(queue: int) -> str | None:
+    def pick(queue: int) -> str | None:
         workers = view(worker("p0", queue_s=queue * TOKEN_S), worker("p1"), worker("d0"))
-        return PrefixAware().choose(facts(), {"p0": 800}, workers).prefill
+        return choose(PrefixAware(), facts(), {"p0": 800}, workers).prefill
 
-    assert (choose(0), choose(799), choose(801)) == ("p0", "p0", "p1")
+    assert (pick(0), pick(799), pick(801)) == ("p0", "p0", "p1")
 
 
 def test_a_fast_worker_is_worth_a_wait_and_a_long_past_is_not_free():
     fast = StepModel(base_s=0.01, prefill_token_s=TOKEN_S / 4, pair_s=0.0, decode_s=TOKEN_S, kv_token_s=0.0)
 
-    def choose(queue: int, **matches: int) -> str | None:
+    def pick(queue: int, **matches: int) -> str | None:
         workers = view(worker("p0", model=fast, queue_s=queue * TOKEN_S), worker("p1"), worker("d0"))
-        return PrefixAware().choose(facts(), matches, workers).prefill
+        return choose(PrefixAware(), facts(), matches, workers).prefill
 
-    assert (choose(740), choose(760)) == ("p0", "p1")
-    assert choose(600, p1=496) == "p1"
+    assert (pick(740), pick(760)) == ("p0", "p1")
+    assert pick(600, p1=496) == "p1"
     attentive = dataclasses.replace(MODEL, pair_s=TOKEN_S / 100)  # then 500 tokens after 500 take as long as ever
     workers = view(worker("p0", model=attentive), worker("p1", queue_s=0.4), worker("d0"))
-    assert PrefixAware().choose(facts(), {"p0": 496, "p1": 496}, workers).prefill == "p1"
+    assert choose(PrefixAware(), facts(), {"p0": 496, "p1": 496}, workers).prefill == "p1"
 
 
 def test_a_newcomer_goes_where_it_delays_the_decoding_least():
@@ -129,74 +154,77 @@ def test_a_newcomer_goes_where_it_delays_the_decoding_least():
     long = dataclasses.replace(MODEL, kv_token_s=TOKEN_S / 100)
     for other in (slow, long):
         few = worker("d0", model=other, num_seqs=3)
-        assert PrefixAware().choose(facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=8))).decode == "d1"
-        assert PrefixAware().choose(facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=40))).decode == "d0"
+        assert choose(PrefixAware(), facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=8))).decode == "d1"
+        assert choose(PrefixAware(), facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=40))).decode == "d0"
 
 
 def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
-    state = WorkerState("p0", pb.Description(role="prefill", block_size=16, num_blocks=100, max_num_seqs=4), 1.5)
+    state = WorkerState("p0", pb.Description(role="prefill", block_size=16, num_blocks=100, max_num_seqs=4), 1.5, set())
 
-    def queue() -> tuple[StepModel | None, float, int]:
-        return state.view().model, state.view().queue_s, state.view().num_waiting_tokens
+    def queue() -> tuple[pb.StepModel | None, float, int]:
+        return state.model, state.row().queue_s, state.row().num_waiting_tokens
 
     state.report(pb.Load(num_waiting_tokens=1000, turn=1))
     assert queue() == (None, 0.0, 1000)
     exact = StepModel(0.5, 0.25, 0.0, 0.125, 0.0)  # floats that the wire does not round
     state.report(pb.Load(num_waiting_tokens=1000, queue_us=3_000_000, model=model_to_pb(exact), turn=2))
-    assert queue() == (exact, 3.0, 0)
+    assert queue() == (model_to_pb(exact), 3.0, 0)
     state.reserve(1, 8, 0)
-    assert queue() == (exact, 3.0, 8)
+    assert queue() == (model_to_pb(exact), 3.0, 8)
 
 
 @pytest.mark.parametrize("policy", [LeastLoaded(), PrefixAware()])
 def test_a_worker_that_has_not_run_is_taken_for_one_like_the_others(policy):
     slow = dataclasses.replace(MODEL, prefill_token_s=1.0)
 
-    def choose(queue: float, waiting: int) -> str | None:
+    def pick(queue: float, waiting: int) -> str | None:
         workers = view(
             worker("p0", model=slow, queue_s=queue), worker("p1", model=None, num_waiting_tokens=waiting), worker("d0")
         )
-        return policy.choose(facts(), {}, workers).prefill
+        return choose(policy, facts(), {}, workers).prefill
 
-    assert (choose(90.0, 100), choose(110.0, 100)) == ("p0", "p1")
+    assert (pick(90.0, 100), pick(110.0, 100)) == ("p0", "p1")
     nobody_knows = view(worker("p0", model=None, num_waiting_tokens=9), worker("p1", model=None), worker("d0"))
-    assert policy.choose(facts(), {}, nobody_knows).prefill == "p1"
+    assert choose(policy, facts(), {}, nobody_knows).prefill == "p1"
 
 
 def test_a_decode_worker_that_never_prefilled_does_not_seem_to_do_it_for_nothing():
     never = dataclasses.replace(MODEL, prefill_token_s=0.0)
     busy = view(worker("p0"), worker("d0", model=never, queue_s=50 * TOKEN_S))
-    assert PrefixAware().choose(facts(), {"d0": 944, "p0": 992}, busy).prefill == "p0"
+    assert choose(PrefixAware(), facts(), {"d0": 944, "p0": 992}, busy).prefill == "p0"
 
 
 def test_requests_spread_even_where_one_more_sequence_seems_to_cost_nothing():
     free = dataclasses.replace(MODEL, decode_s=0.0)
     workers = view(worker("p0"), worker("d0", model=free, num_seqs=40), worker("d1", model=free))
-    assert PrefixAware().choose(facts(), {}, workers).decode == "d1"
+    assert choose(PrefixAware(), facts(), {}, workers).decode == "d1"
 
 
 def test_prefix_aware_prefers_the_decode_worker_that_holds_the_prefix_while_loads_are_equal():
     decoders = [worker("d0"), worker("d1")]
-    assert PrefixAware().choose(facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d1"
+    assert choose(PrefixAware(), facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d1"
     decoders[1] = worker("d1", num_seqs=10)
-    assert PrefixAware().choose(facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d0"
+    assert choose(PrefixAware(), facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d0"
 
 
 def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_prefilling():
-    def choose(policy: PrefixAware, matched: int, waiting: int = 0) -> str | None:
+    def pick(policy: PrefixAware, matched: int, waiting: int = 0) -> str | None:
         workers = view(worker("p0"), worker("d0", queue_s=waiting * TOKEN_S))
-        return policy.choose(facts(), {"d0": matched, "p0": 992}, workers).prefill
+        return choose(policy, facts(), {"d0": matched, "p0": 992}, workers).prefill
 
-    assert choose(PrefixAware(), 944) is None
-    assert choose(PrefixAware(), 928) == "p0"
-    assert choose(PrefixAware(), 944, waiting=500) == "p0"
-    assert choose(PrefixAware(local_prefill_max_tokens=0), 992) == "p0"
+    assert pick(PrefixAware(), 944) is None
+    assert pick(PrefixAware(), 928) == "p0"
+    assert pick(PrefixAware(), 944, waiting=500) == "p0"
+    assert pick(PrefixAware(local_prefill_max_tokens=0), 992) == "p0"
 
 
 def test_a_burst_between_two_reports_spreads_over_the_workers():
     states = [
         WorkerState(
-            each, pb.Description(role=role, fingerprint="f", block_size=16, num_blocks=1000, max_num_seqs=64), 1.5
+            each,
+            pb.Description(role=role, fingerprint="f", block_size=16, num_blocks=1000, max_num_seqs=64),
+            1.5,
+            set(),
         )
         for role, ids in (("prefill", ("p0", "p1")), ("decode", ("d0", "d1")))
         for each in ids
@@ -206,7 +234,7 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
     by_id = {state.worker_id: state for state in states}
     chosen = []
     for turn in range(8):
-        decision = PrefixAware().choose(facts(turn=turn), {}, view(*(state.view() for state in states)))
+        decision = choose(PrefixAware(), facts(), {}, view(*states), turn)
         by_id[decision.prefill].reserve(turn, 1000, 0)
         by_id[decision.decode].reserve(turn, 0, 63)
         chosen += [decision.prefill, decision.decode]
@@ -214,7 +242,7 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
 
 
 def test_a_reservation_counts_until_the_workers_own_report_covers_it():
-    state = WorkerState("d0", pb.Description(role="decode", block_size=16, num_blocks=100, max_num_seqs=4), 1.5)
+    state = WorkerState("d0", pb.Description(role="decode", block_size=16, num_blocks=100, max_num_seqs=4), 1.5, set())
     turns = itertools.count(1)
 
     def report(turn: int | None = None) -> None:
@@ -224,21 +252,21 @@ def test_a_reservation_counts_until_the_workers_own_report_covers_it():
     state.reserve(1, 500, 40)
     for _ in range(3):  # not sent yet: no report can know it
         report()
-        assert (state.view().num_seqs, state.view().num_free_blocks, state.view().num_waiting_tokens) == (1, 60, 500)
+        assert (state.row().num_seqs, state.row().num_free_blocks, state.row().num_waiting_tokens) == (1, 60, 500)
     state.sent(1)
     for _ in range(5):  # heartbeats of one long step: the worker has not looked at its inbox
         report(7)
-    assert state.view().num_pending == 1
+    assert state.row().num_pending == 1
     report(8)
-    assert state.view().num_pending == 0
+    assert state.row().num_pending == 0
     state.reserve(2, 0, 10)
     state.counted(2)
     state.counted(2)
-    assert (state.view().num_seqs, state.view().seq_limit) == (0, 6)
+    assert (state.row().num_seqs, state.row().seq_limit) == (0, 6)
 
 
 @pytest.mark.parametrize(("role", "expected"), [("decode", 12), ("prefill", 5)])
 def test_pulls_count_as_sequences_of_a_decode_worker_and_leases_not_of_a_prefill_worker(role, expected):
-    state = WorkerState("w", pb.Description(role=role, block_size=16, num_blocks=100, max_num_seqs=4), 1.5)
+    state = WorkerState("w", pb.Description(role=role, block_size=16, num_blocks=100, max_num_seqs=4), 1.5, set())
     state.report(pb.Load(num_running=3, num_waiting=2, num_handoffs=7))
-    assert state.view().num_seqs == expected
+    assert state.row().num_seqs == expected

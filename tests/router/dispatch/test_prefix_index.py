@@ -68,6 +68,61 @@ def test_it_agrees_with_brute_force_while_workers_store_evict_leave_and_return(s
         assert {slot: index.num_blocks(slot) for slot in held} == {slot: len(each) for slot, each in held.items()}
 
 
+def test_it_agrees_with_brute_force_over_1024_workers() -> None:
+    rng = random.Random(0)
+    index, held = PrefixIndex(), {}
+    chains = [chain(rng, 300) for _ in range(3)]
+    for life in range(3):
+        for slot in rng.sample(sorted(held), len(held) // 3):
+            index.close(slot)
+            del held[slot]
+        while len(held) < 1024:
+            slot = index.open()
+            assert slot not in held
+            hashes = rng.choice(chains)[: rng.randrange(301)]
+            index.apply(slot, hashes)
+            held[slot] = set(hashes)
+        for slot in rng.sample(sorted(held), 300):
+            hashes = next((each for each in chains if each[0] in held[slot]), [])
+            left = rng.randrange(len(held[slot]) + 1)
+            gone = [each for each in hashes[left:] if each in held[slot]]
+            index.apply(slot, (), gone[::-1])
+            held[slot].difference_update(gone)
+        for hashes in chains:
+            query = hashes[: rng.randrange(200, 301)] + chain(rng, 5)
+            assert matched(index, query) == brute_force(held, query), life
+    assert index.num_slots < 2 * 1024
+
+
+def stored_masks(index: PrefixIndex) -> list[int]:
+    return [mask for shard in index._shards for mask in shard.values()]
+
+
+def test_blocks_of_the_same_workers_share_one_mask() -> None:
+    index = PrefixIndex()
+    slots = [index.open() for _ in range(100)]  # masks of more than one machine word are objects of their own
+    for slot in slots:
+        for start in range(0, 400, 20):  # in several events: the sharing goes beyond one call
+            index.apply(slot, range(start, start + 20))
+    assert {id(mask) for mask in stored_masks(index)} == {id(stored_masks(index)[0])}
+    index.apply(slots[99], (), range(399, 199, -1))
+    assert len({id(mask) for mask in stored_masks(index)}) == 2
+    for slot in slots[1:]:
+        index.apply(slot, (), range(399, -1, -1))
+    assert {id(mask) for mask in stored_masks(index)} == {id(index._bits[slots[0]])}
+
+
+def test_a_forgotten_table_of_masks_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.prefix_index._MAX_KNOWN", 2)
+    index, held = PrefixIndex(), {}
+    for length in range(40, 0, -1):
+        slot = index.open()
+        index.apply(slot, range(1, length + 1))
+        held[slot] = set(range(1, length + 1))
+        assert len(index._known) <= 2
+    assert matched(index, list(range(1, 50))) == brute_force(held, list(range(1, 50)))
+
+
 def churn(num_lives: int, blocks_each: int) -> list[tuple[int, int]]:
     """(hashes, slots) of an index after each life of workers that come with new blocks and go."""
     index, counts = PrefixIndex(), []
@@ -92,6 +147,11 @@ def test_the_soak_is_flat():
     early, late = counts[500:1500], counts[-1000:]
     assert max(late) <= (max(early)[0] * 1.01, 3 * 16)
     assert late[-1][1] == early[0][1]
+
+
+def test_bits_are_the_numbers_of_the_set_ones_in_order() -> None:
+    for expected in ([], [0], [7], [1023], [0, 8, 63, 64, 1000], list(range(70))):
+        assert bits(sum(1 << number for number in expected)).tolist() == expected
 
 
 def test_closing_everyone_leaves_nothing_once_swept():

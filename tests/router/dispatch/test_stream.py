@@ -1,3 +1,4 @@
+import asyncio
 import itertools
 import random
 
@@ -72,3 +73,57 @@ async def test_any_number_of_early_tokens_waits_for_the_first():
         under_test.accept(index, [index], [], None)
     under_test.accept(0, [0], [], None)
     assert (await anext(under_test)).token_ids == list(range(3000))
+
+
+async def test_what_is_forwarded_is_taken_where_it_arrives():
+    under_test, taken = stream(), []
+
+    def take(delta):
+        taken.append(delta.token_ids)
+        return delta.finish_reason is None
+
+    under_test.accept(0, [1], [], None)
+    forwarding = asyncio.create_task(under_test.forward(take))
+    await asyncio.sleep(0)
+    under_test.accept(1, [2, 3], [], None)
+    under_test.accept(3, [4], [], FinishReason.STOP)
+    assert taken == [[1], [2, 3], [4]]  # before any task has run again
+    await forwarding
+
+
+async def test_a_consumer_without_room_gets_the_rest_together():
+    under_test, taken = stream(), []
+
+    def take(delta):
+        taken.append(delta.token_ids)
+        return False
+
+    forwarding = asyncio.create_task(under_test.forward(take))
+    await asyncio.sleep(0)
+    for index in range(4):
+        under_test.accept(index, [index], [], None)
+    await forwarding
+    await under_test.forward(take)
+    assert taken == [[0], [1, 2, 3]]
+
+
+async def test_a_consumer_that_fails_does_not_fail_the_worker_that_sent_the_token():
+    under_test = stream()
+
+    def take(_delta):
+        raise ValueError("broken")
+
+    forwarding = asyncio.create_task(under_test.forward(take))
+    await asyncio.sleep(0)
+    assert not under_test.accept(0, [1], [], None)
+    with pytest.raises(ValueError, match="broken"):
+        await forwarding
+
+
+async def test_an_error_ends_the_forwarding():
+    under_test = stream()
+    forwarding = asyncio.create_task(under_test.forward(lambda _delta: True))
+    await asyncio.sleep(0)
+    under_test.fail(ValueError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        await forwarding

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
-from router.generation import Delta, GenerationStream, ModelCard, Timeline
+from router.generation import NO_HINTS, Delta, GenerationStream, ModelCard, RouteHints, Timeline
 from router.http import Front, FrontConfig
 from router.metrics import Metrics
 from router.server import ServerConfig, serve
@@ -33,8 +33,14 @@ class FakeStream:
         self.closed = asyncio.Event()
         self.num_yielded = 0
         self._steps = steps
+        self._deltas = self._play()
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
+    async def forward(self, take: Callable[[Delta], bool]) -> None:
+        async for delta in self._deltas:
+            if not take(delta):
+                return
+
+    async def _play(self) -> AsyncIterator[Delta]:
         top = self.request.params.prompt_logprobs
         if top is not None:
             self.prompt_logprobs = [scored(token, top) for token in self.request.token_ids[1:]]
@@ -62,10 +68,17 @@ class FakeGenerator:
     ready: bool = True
     streams: list[FakeStream] = field(default_factory=list)
     refuse: Exception | None = None
+    hints: list[RouteHints] = field(default_factory=list)
 
-    def start(self, request: Request, deadline: float) -> GenerationStream:  # noqa: ARG002
+    def start(
+        self,
+        request: Request,
+        deadline: float,  # noqa: ARG002
+        hints: RouteHints = NO_HINTS,
+    ) -> GenerationStream:
         if self.refuse is not None:
             raise self.refuse
+        self.hints.append(hints)
         stream = FakeStream(request, self.script(request))
         self.streams.append(stream)
         return stream

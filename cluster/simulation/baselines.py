@@ -1,0 +1,128 @@
+"""Routing rules of other systems, for comparison in the simulator. They implement router.policies.RoutingPolicy.
+
+Each gets what Baton's own policy gets: the exact index, every worker's report, what was sent since, and Baton's
+decode-first admission (a request waits in the router while no decode worker has room). The rule alone differs. Where a
+cluster has no prefill workers, the rule for prefill chooses among the decode workers.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from router.costs import cheapest
+from router.policies import RequestFacts, RoutingDecision, blocks_needed, with_room
+from router.worker_table import Floats, Ints, Pool, WorkerTable
+
+
+def prefillers(table: WorkerTable) -> Pool:
+    """The workers that prefill."""
+    return table.prefill if len(table.prefill) else table.decode
+
+
+def _place(
+    facts: RequestFacts, hits: Ints, table: WorkerTable, prefill_costs: Floats, decode_costs: Floats, reason: str
+) -> RoutingDecision | None:
+    """The least of each; ties are spread. `prefill_costs` by position in `prefillers(table)`."""
+    pool, decode_pool = prefillers(table), table.decode
+    able = with_room(facts, blocks_needed(facts, hits[decode_pool.rows], decode_pool), decode_pool)
+    if not able.any():
+        return None
+    if pool is decode_pool:
+        decode = prefill = cheapest(np.where(able, prefill_costs + decode_costs, np.inf), table.turn)
+    else:
+        decode = cheapest(np.where(able, decode_costs, np.inf), table.turn)
+        prefill = cheapest(prefill_costs, table.turn)
+    return RoutingDecision(
+        None if pool is decode_pool else pool.worker_id(prefill),
+        decode_pool.worker_id(decode),
+        int(hits[pool.rows[prefill]]),
+        reason,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixOnly:
+    """The longest cached prefix, whatever the load. Decode: the fewest sequences."""
+
+    uses_hits: bool = True
+
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+        pool = prefillers(table)
+        # Where one pool does both, a sequence more must not outweigh a cached token.
+        fewest = table.decode.num_seqs / (1.0 + table.decode.num_seqs.max())
+        return _place(facts, hits, table, -hits[pool.rows].astype(np.float64), fewest, "longest prefix")
+
+
+@dataclass(slots=True)
+class CacheAware:
+    """SGLang's cache_aware rule, with the defaults of its gateway 0.3.1: the longest match where it covers more than
+    `cache_threshold` of the prompt, else the worker with the smallest record of prompts; while requests are unbalanced,
+    the worker with the fewest. Decode: the fewest sequences.
+
+    Its router guesses what workers hold from what it has sent; here it knows.
+    """
+
+    cache_threshold: float = 0.3
+    balance_abs_threshold: int = 64
+    balance_rel_threshold: float = 1.5
+    uses_hits: bool = True
+    _records: dict[str, float] = field(default_factory=dict)  # tokens sent and not matched, by worker
+
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+        pool = prefillers(table)
+        # With one pool, its choice is made once, by the rule.
+        decode_costs = table.decode.num_seqs if pool is table.prefill else np.zeros(len(pool))
+        decision = _place(facts, hits, table, self._costs(facts, hits, pool), decode_costs, "cache aware")
+        if decision is not None:
+            worker_id = decision.prefill or decision.decode
+            self._records[worker_id] = self._records.get(worker_id, 0.0) + facts.num_uncached(decision.hit_tokens)
+        return decision
+
+    def _costs(self, facts: RequestFacts, hits: Ints, pool: Pool) -> Floats:
+        most, least = float(pool.num_seqs.max()), float(pool.num_seqs.min())
+        if most - least > self.balance_abs_threshold and most > self.balance_rel_threshold * least:
+            return pool.num_seqs
+        matched = hits[pool.rows].astype(np.float64)
+        if matched.max() > self.cache_threshold * facts.num_tokens:
+            return -matched
+        return np.array([self._records.get(pool.worker_id(position), 0.0) for position in range(len(pool))])
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """Dynamo's documented cost at temperature 0: prefill_load_scale x blocks to prefill, those on their way and those
+    of the request that are not cached, + blocks that are decoded from.
+
+    With separate pools its prefill router leaves decode blocks out, and its decode router prefill and overlap. Tokens
+    on their way are told from the seconds that the worker reports for them.
+    """
+
+    prefill_load_scale: float = 1.0
+    uses_hits: bool = True
+
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+        pool, decode = prefillers(table), table.decode
+        on_their_way = pool.wait_s / np.maximum(pool.prefill_token_s, 1e-9)
+        uncached = np.maximum(1, facts.num_tokens - hits[pool.rows])
+        prefill_blocks = self.prefill_load_scale * (on_their_way + uncached) / pool.block_size
+        return _place(facts, hits, table, prefill_blocks, decode.num_blocks - decode.num_free_blocks, "blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class MinimumTtft:
+    """Mooncake's Conductor (FAST'25, algorithm 1): the least predicted time to the first token. Decode: the least
+    predicted time between tokens.
+
+    Baton's workers do not fetch a prefix from each other before they prefill: that part of the algorithm is not here.
+    """
+
+    uses_hits: bool = True
+
+    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+        pool, decode = prefillers(table), table.decode
+        uncached = np.maximum(1, facts.num_tokens - hits[pool.rows])
+        pairs = uncached * (facts.num_tokens - 0.5 * uncached + 0.5)
+        ttft = pool.wait_s + pool.base_s + pool.prefill_token_s * uncached + pool.pair_s * pairs
+        kv_tokens = (decode.num_blocks - decode.num_free_blocks) * decode.block_size + facts.num_tokens
+        tpot = decode.base_s + decode.decode_s * (decode.num_seqs + 1) + decode.kv_token_s * kv_tokens
+        return _place(facts, hits, table, ttft, tpot, "minimum TTFT")

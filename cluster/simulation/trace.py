@@ -1,0 +1,191 @@
+"""Traces of requests: when they came, how long they were, and what they have in common.
+
+Mooncake's format (a JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of blocks of 512
+tokens, each id standing for the whole prefix up to there) and that of Azure's 2023 traces (CSV: TIMESTAMP,
+ContextTokens, GeneratedTokens; no two prompts have anything in common).
+
+No token ids are made up: a block of the simulation is named by the trace's block that it lies in and its place there.
+What an answer says is known where a later prompt goes on from it, as the next turn of a conversation does: the first
+later request that shares all full blocks of a prompt and is at least as long as that prompt with its answer.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+TRACE_BLOCK = 512  # tokens a hash id stands for
+WINDOW_S = 3.0  # Mooncake's clock ticks so; arrivals are drawn anew within windows of this length
+_SCRAMBLE = 0x9E3779B97F4A7C15  # odd, so multiplication modulo 2**64 keeps names apart
+
+
+class TraceError(ValueError):
+    """The file holds no trace. The message names the line and the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """`contents` names the blocks of TRACE_BLOCK tokens of prompt and answer together."""
+
+    number: int  # place in the trace
+    arrived: float  # seconds
+    num_prompt_tokens: int
+    num_output_tokens: int
+    contents: Sequence[int]
+    num_unshared: int = 0  # of `contents`, the last ones that begin in the prompt and go on in an answer nobody repeats
+
+    def hashes(self, block_size: int) -> list[int]:
+        """Of the full blocks of prompt and answer. `block_size` divides TRACE_BLOCK."""
+        per_block = TRACE_BLOCK // block_size
+        names = np.repeat(np.array(self.contents, np.uint64), per_block) * np.uint64(TRACE_BLOCK)
+        names += np.tile(np.arange(per_block, dtype=np.uint64), len(self.contents))
+        names = names[: (self.num_prompt_tokens + self.num_output_tokens) // block_size]
+        if self.num_unshared:
+            own = slice(
+                self.num_prompt_tokens // block_size, self.num_prompt_tokens // TRACE_BLOCK * per_block + per_block
+            )
+            names[own] |= np.uint64(1 << 63)
+            names[own] += np.uint64(self.number << 32)
+        hashes: list[int] = ((names + np.uint64(1)) * np.uint64(_SCRAMBLE)).tolist()
+        return hashes
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    name: str
+    requests: Sequence[TraceRequest]
+
+    @property
+    def seconds(self) -> float:
+        return self.requests[-1].arrived - self.requests[0].arrived if self.requests else 0.0
+
+    @property
+    def max_output_tokens(self) -> int:
+        """What clients of the trace might have asked for: the longest answer."""
+        return max((request.num_output_tokens for request in self.requests), default=1)
+
+
+def arrivals(trace: Trace, seed: int, rate_scale: float = 1.0) -> list[float]:
+    """Seconds of each request's arrival from the trace's begin, ascending, time compressed by `rate_scale`.
+
+    Each window of WINDOW_S keeps its requests and their order, and their times in it are drawn anew, uniformly: so
+    random arrivals at the trace's own rate, as often as one likes.
+    """
+    random = Random(seed)
+    times: list[float] = []
+    start = trace.requests[0].arrived if trace.requests else 0.0
+    windows = [int((request.arrived - start + 1e-6) // WINDOW_S) for request in trace.requests]
+    place = 0
+    while place < len(windows):
+        end = place
+        while end < len(windows) and windows[end] == windows[place]:
+            end += 1
+        drawn = sorted(random.random() for _ in range(end - place))
+        times += [(windows[place] + each) * WINDOW_S / rate_scale for each in drawn]
+        place = end
+    return times
+
+
+def load_trace(path: Path, max_requests: int | None = None) -> Trace:
+    """Raises TraceError and OSError."""
+    with path.open(encoding="utf-8") as file:
+        rows = _azure_rows(file) if path.suffix == ".csv" else _mooncake_rows(file)
+        found: list[_Row] = []
+        for row in rows:
+            if max_requests is not None and len(found) >= max_requests:
+                break
+            found.append(row)
+    if not found:
+        raise TraceError(f"{path}: holds no request")
+    found.sort(key=lambda row: row.seconds)
+    return Trace(path.stem, _with_answers(found))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    seconds: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    ids: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_output_tokens
+
+
+def _mooncake_rows(lines: Iterator[str]) -> Iterator[_Row]:
+    for number, line in enumerate(lines, 1):
+        try:
+            data = json.loads(line)
+            row = _Row(data["timestamp"] / 1000, data["input_length"], data["output_length"], data["hash_ids"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise TraceError(f"line {number}: {type(error).__name__}: {error}") from None
+        if row.num_prompt_tokens < 1 or row.num_output_tokens < 1:
+            raise TraceError(f"line {number}: input_length and output_length must be at least 1")
+        if len(row.ids) != -(-row.num_prompt_tokens // TRACE_BLOCK):
+            raise TraceError(
+                f"line {number}: hash_ids: {len(row.ids)} for {row.num_prompt_tokens} tokens in blocks of 512"
+            )
+        yield row
+
+
+def _azure_rows(lines: Iterator[str]) -> Iterator[_Row]:
+    for number, line in enumerate(csv.DictReader(lines), 2):
+        try:
+            seconds = datetime.fromisoformat(line["TIMESTAMP"][:26]).timestamp()
+            yield _Row(seconds, max(1, int(line["ContextTokens"])), max(1, int(line["GeneratedTokens"])), ())
+        except (ValueError, TypeError, KeyError) as error:
+            raise TraceError(f"line {number}: {type(error).__name__}: {error}") from None
+
+
+def _with_answers(rows: Sequence[_Row]) -> list[TraceRequest]:
+    """Last first: what follows a prompt is known when the prompt that repeats it is."""
+    children = _children(rows)
+    filled: dict[int, int] = {}  # by the id of a prompt's last, partial block, the id of that block in the next turn
+    for number, child in children.items():
+        num_full = rows[number].num_prompt_tokens // TRACE_BLOCK
+        if num_full < len(rows[number].ids):
+            filled[rows[number].ids[num_full]] = rows[child].ids[num_full]
+    fresh = 1 + max((max(row.ids, default=0) for row in rows), default=0)  # ids from here on are in no prompt
+    contents: list[Sequence[int]] = [()] * len(rows)
+    unshared = [0] * len(rows)
+    for number in reversed(range(len(rows))):
+        row = rows[number]
+        num_blocks, num_full = -(-row.num_tokens // TRACE_BLOCK), row.num_prompt_tokens // TRACE_BLOCK
+        known = list(row.ids)
+        if number in children:
+            known[num_full:] = contents[children[number]][num_full:num_blocks]
+        elif num_full < len(known):
+            while known[num_full] in filled:
+                known[num_full] = filled[known[num_full]]
+            unshared[number] = 1
+        num_fresh = num_blocks - len(known)
+        contents[number] = (*known, *range(fresh, fresh + num_fresh))
+        fresh += num_fresh
+    return [
+        TraceRequest(
+            number, row.seconds, row.num_prompt_tokens, row.num_output_tokens, contents[number], unshared[number]
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def _children(rows: Sequence[_Row]) -> dict[int, int]:
+    """For each request that one goes on from, the first that does. A first block alone says nothing: all share it."""
+    ends: dict[int, int] = {}  # by the id of a prompt's last full block, the latest such request
+    children: dict[int, int] = {}
+    for number, row in enumerate(rows):
+        for block_id in reversed(row.ids):
+            parent = ends.get(block_id)
+            if parent is not None and parent not in children and row.num_prompt_tokens >= rows[parent].num_tokens:
+                children[parent] = number
+                break
+        num_full = row.num_prompt_tokens // TRACE_BLOCK
+        if row.ids and num_full > 1:
+            ends[row.ids[num_full - 1]] = number
+    return children

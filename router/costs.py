@@ -1,0 +1,82 @@
+"""What a request would cost on each worker, in seconds: arrays by position in a pool, from columns and the request.
+
+Tokens become seconds by each worker's own model of its steps.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from router.worker_table import Bools, Floats, Ints, Pool
+
+# How far a queue is taken to be from never emptying, at least; else one second of work would seem to delay all others.
+_MIN_SLACK = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLoad:
+    """Of one worker of the prefill pool: requests that come each second, and the part of its time that they take."""
+
+    requests_per_s: float
+    busy: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """`work` to compute what is not cached, and when its `first` token is there; `others`: by how much that delays
+    requests which come later."""
+
+    work: Floats
+    first: Floats
+    others: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """`step` is what a step takes with the newcomer once prefill has ended; `total` counts its own tokens, what it
+    adds to the others, and the wait for memory."""
+
+    step: Floats
+    total: Floats
+
+
+def prefill_cost(num_tokens: int, uncached: Ints, pool: Pool, load: PrefillLoad) -> PrefillCost:
+    """A second of work has one price for the whole pool, and it rises as the pool fills up. It takes the place of
+    other work in the part of the time that workers are busy. Where even the shortest queue is not empty, each request
+    that comes before it would be waits longer by the work; what comes meanwhile stretches that time (a busy period).
+    """
+    pairs = uncached * (num_tokens - 0.5 * uncached + 0.5)
+    work: Floats = pool.base_s + pool.prefill_token_s * uncached + pool.pair_s * pairs
+    first: Floats = pool.wait_s + work
+    busy_period = float(pool.wait_s.min()) / max(_MIN_SLACK, 1.0 - load.busy)
+    price = min(1.0, load.busy) + load.requests_per_s * busy_period
+    return PrefillCost(work, first, work * price)
+
+
+def decode_cost(
+    num_tokens: int, max_new_tokens: int, needed: Floats, pool: Pool, after: Floats | float, mean_output: float
+) -> DecodeCost:
+    """For a request whose prefill ends `after` so many seconds and that needs so many blocks.
+
+    Answers end at a constant rate, one in `mean_output` tokens. By then some of the running sequences have ended, the
+    rest have grown, and those that other prefills are bound here with have come.
+    """
+    output = min(float(max_new_tokens), mean_output)
+    steps = after / pool.step_s
+    num_seqs = pool.num_running * np.exp(steps * (-1.0 / mean_output)) + (pool.num_seqs - pool.num_running)
+    tokens = num_seqs * (pool.seq_tokens + np.minimum(steps, mean_output))
+    growth = pool.newcomer_s + pool.kv_token_s * (num_tokens + 0.5 * output)
+    step: Floats = pool.base_s + pool.newcomer_s * num_seqs + pool.kv_token_s * tokens + growth
+    total: Floats = output * step + num_seqs * growth * mean_output
+    missing = needed * pool.block_size - (pool.num_tokens - tokens)
+    short: Bools = missing > 0.0
+    if short.any():  # memory comes back as answers end
+        freed = np.maximum(1.0, pool.seq_tokens) * np.maximum(1.0, num_seqs) / (mean_output * step)
+        total = total + np.where(short, np.minimum(missing, pool.num_tokens) / freed, 0.0)
+    return DecodeCost(step, total)
+
+
+def cheapest(costs: Floats, turn: int) -> int:
+    """Position of the least cost; among equals, the next one after `turn`."""
+    ties = np.flatnonzero(costs == costs.min())
+    return int(ties[turn % len(ties)])

@@ -1,0 +1,95 @@
+"""Which tenant's request is next: deficit round robin (Shreedhar and Varghese, 1995) over prompt tokens.
+
+Tenants that wait take turns. A turn adds a quantum to what the tenant may spend, and its requests go, oldest first, as
+long as that pays for them; what is left stays for its next turn. So over time tenants that wait get equal shares of
+prompt tokens, however long their prompts are, and nobody's share is kept while he has nothing to send. A tenant that
+waits alone is served first come first.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+QUANTUM = 8192  # prompt tokens of a turn; prompts larger than this take several turns
+
+
+@dataclass(frozen=True, slots=True)
+class Place(Generic[T]):
+    """`arrival` is unique. `cost` in prompt tokens: nothing for one that has been paid for."""
+
+    entry: T
+    tenant: str
+    arrival: int
+    cost: int
+
+
+@dataclass(slots=True)
+class _Line(Generic[T]):
+    """What one tenant has waiting."""
+
+    allowance: int = 0  # tokens
+    live: dict[int, Place[T]] = field(default_factory=dict)  # by arrival
+    heap: list[int] = field(default_factory=list)  # of arrivals; those that have left stay until they surface
+
+    def first(self) -> Place[T]:
+        while self.heap[0] not in self.live:
+            heapq.heappop(self.heap)
+        return self.live[self.heap[0]]
+
+    def remove(self, arrival: int) -> None:
+        del self.live[arrival]
+        if len(self.heap) > 2 * len(self.live) + 64:
+            self.heap = sorted(self.live)
+
+
+class FairQueue(Generic[T]):
+    """Entries of one priority. Empty queues have no head."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line[T]] = {}
+        self._turns: deque[str] = deque()  # tenants that wait; it is the first one's turn
+
+    def __bool__(self) -> bool:
+        return bool(self._turns)
+
+    def push(self, place: Place[T]) -> None:
+        line = self._lines.get(place.tenant)
+        if line is None:
+            line = self._lines[place.tenant] = _Line()
+            self._turns.append(place.tenant)
+            if len(self._turns) == 1:
+                line.allowance = QUANTUM
+        line.live[place.arrival] = place
+        heapq.heappush(line.heap, place.arrival)
+
+    def head(self) -> Place[T]:
+        """The next one to go; the same until it is removed or another one is put back."""
+        turns = self._turns
+        while True:
+            line = self._lines[turns[0]]
+            place = line.first()
+            if len(turns) == 1 or place.cost <= line.allowance:
+                return place
+            turns.rotate(-1)
+            self._lines[turns[0]].allowance += QUANTUM
+
+    def take(self) -> Place[T]:
+        """Remove the head and charge its tenant."""
+        place = self.head()
+        if len(self._turns) > 1:
+            self._lines[place.tenant].allowance -= place.cost
+        self.remove(place)
+        return place
+
+    def remove(self, place: Place[T]) -> None:
+        line = self._lines[place.tenant]
+        line.remove(place.arrival)
+        if not line.live:
+            was_first = self._turns[0] == place.tenant
+            del self._lines[place.tenant]
+            self._turns.remove(place.tenant)
+            if was_first and self._turns:
+                self._lines[self._turns[0]].allowance += QUANTUM

@@ -1,0 +1,232 @@
+"""Who waits, which workers there are, and who goes where: the router's decisions without its network.
+
+Pure and synchronous. The dispatcher drives it with real workers, the simulator with simulated ones; the clock is an
+argument. A candidate is a request that wants workers: added, then placed or refused by `pump`, perhaps put back after
+a failed attempt, at last released.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from protos import worker_pb2 as pb
+from router.admission import Admission, AdmissionConfig
+from router.affinity import Affinity
+from router.cluster_view import WorkerState
+from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
+from router.prefix_index import PrefixIndex, bits
+from router.worker_table import Ints, WorkerTable
+
+
+class Candidate(Protocol):
+    """Hashable by identity."""
+
+    @property
+    def reusable(self) -> bool:
+        """Whether cached blocks spare any work."""
+        ...
+
+    def facts(self) -> RequestFacts: ...
+
+    def hashes(self, block_size: int) -> Sequence[int]:
+        """Of its full blocks."""
+        ...
+
+
+class KvEvent(Protocol):
+    """pb.KvEvent or engine.kv.events.KvEvent."""
+
+    @property
+    def removed(self) -> Sequence[int]: ...
+
+    @property
+    def stored(self) -> Sequence[int]: ...
+
+    @property
+    def cleared(self) -> bool: ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementConfig:
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    seqs_per_slot: float = 1.5  # sequences sent per decode slot, so that freed slots find a prefilled successor
+
+
+@dataclass(frozen=True, slots=True)
+class Placed(Generic[C]):
+    """To reserve: `prefill_tokens`, after `prefill_past` cached ones, where it is prefilled, and `decode_blocks`."""
+
+    candidate: C
+    decision: RoutingDecision
+    prefill: WorkerState | None
+    decode: WorkerState
+    prefill_tokens: int
+    prefill_past: int
+    decode_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Generic[C]):
+    """The candidate is out of the queue; `retry_after` in seconds."""
+
+    candidate: C
+    reason: str
+    retry_after: float
+
+
+class Placement(Generic[C]):
+    """`clock` is monotonic seconds."""
+
+    def __init__(self, policy: RoutingPolicy, config: PlacementConfig, clock: Callable[[], float]) -> None:
+        self._policy = policy
+        self._config = config
+        self._clock = clock
+        self._queue: Admission[C] = Admission(config.admission, clock)
+        self._index = PrefixIndex()
+        self._slots: dict[str, int] = {}  # in the index, by worker id
+        self._states: dict[str, WorkerState] = {}
+        self._table = WorkerTable()
+        self._fresh: list[C] = []  # added since the last pump: who is refused when too many wait
+        self._affinity = Affinity()
+        self._sessions: dict[C, tuple[str, str]] = {}  # of candidates that were placed
+
+    @property
+    def num_waiting(self) -> int:
+        return self._queue.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return self._queue.num_running
+
+    @property
+    def num_hashes(self) -> int:
+        """Blocks in the prefix index."""
+        return self._index.num_hashes
+
+    def num_blocks(self, worker_id: str) -> int:
+        """That the index knows an attached worker to hold."""
+        return self._index.num_blocks(self._slots[worker_id])
+
+    def waiting(self) -> list[C]:
+        return self._queue.waiting()
+
+    def attach(self, worker_id: str, description: pb.Description, hashes: Iterable[int]) -> WorkerState:
+        """A worker may get requests; `hashes` are the blocks it holds. Replaces an earlier life of it."""
+        self.detach(worker_id)
+        state = WorkerState(worker_id, description, self._config.seqs_per_slot, self._table.dirty)
+        self._states[worker_id] = state
+        self._open_slot(state)
+        self._index.apply(self._slots[worker_id], list(hashes))
+        return state
+
+    def detach(self, worker_id: str) -> None:
+        """It gets no more requests, and its blocks count no more. Idempotent."""
+        state = self._states.pop(worker_id, None)
+        if state is not None:
+            self._table.remove(state)
+            self._index.close(self._slots.pop(worker_id))
+
+    def apply(self, worker_id: str, event: KvEvent) -> None:
+        """One KV event of an attached worker."""
+        if event.cleared:
+            self._index.close(self._slots[worker_id])
+            self._open_slot(self._states[worker_id])
+        self._index.apply(self._slots[worker_id], event.stored, event.removed)
+
+    def add(self, candidate: C) -> None:
+        facts = candidate.facts()
+        self._queue.add(candidate, facts.priority, facts.tenant, facts.num_tokens)
+        self._fresh.append(candidate)
+
+    def put_back(self, candidate: C) -> None:
+        """A placed candidate waits again, where it stood."""
+        self._queue.put_back(candidate)
+
+    def release(self, candidate: C, num_output_tokens: int | None = None) -> None:
+        """It is over, wherever it was. Idempotent. `num_output_tokens`: of its answer, if it has one."""
+        if not self._queue.release(candidate):
+            return
+        session = self._sessions.pop(candidate, None)
+        if num_output_tokens is not None:
+            self._table.demand.ended(num_output_tokens)
+            if session is not None:
+                self._affinity.ended(session, num_output_tokens, self._clock())
+
+    def pump(self) -> Iterator[Placed[C] | Refused[C]]:
+        """All that can be decided now: first come first, until one finds no room. Reserve before taking the next."""
+        while (candidate := self._queue.head()) is not None:
+            outcome = self._decide(candidate)
+            if outcome is None:
+                break
+            yield outcome
+        fresh, self._fresh = self._fresh, []
+        for candidate in reversed(fresh):
+            if self._queue.refuse_excess(candidate):
+                yield Refused(candidate, "too many requests are waiting", self._queue.retry_after())
+
+    def _decide(self, candidate: C) -> Placed[C] | Refused[C] | None:
+        table = self._table
+        table.refresh()
+        if not len(table.decode):
+            return None
+        table.now = self._clock()
+        table.num_own = self._queue.num_running
+        facts = candidate.facts()
+        hits = self._hits(candidate, facts)
+        decision = self._policy.choose(facts, hits, table)
+        if decision is None:
+            return None
+        table.turn += 1
+        if isinstance(decision, Reject):
+            self._queue.release(candidate)
+            return Refused(candidate, decision.reason, self._queue.retry_after())
+        self._queue.take()
+        self._note(candidate, facts, decision)
+        decode = self._states[decision.decode]
+        block_size = decode.description.block_size
+        matched_blocks = int(hits[self._slots[decision.decode]]) // block_size
+        prefill_tokens = facts.num_uncached(decision.hit_tokens)
+        return Placed(
+            candidate,
+            decision,
+            None if decision.prefill is None else self._states[decision.prefill],
+            decode,
+            prefill_tokens,
+            facts.num_tokens - prefill_tokens,
+            max(0, -(-facts.num_reserved_tokens // block_size) - matched_blocks),
+        )
+
+    def _note(self, candidate: C, facts: RequestFacts, decision: RoutingDecision) -> None:
+        if decision.prefill is not None:
+            self._table.demand.placed(decision.prefill_s, self._table.now)
+        if facts.session:
+            session = self._sessions[candidate] = (facts.tenant, facts.session)
+            self._affinity.placed(session, decision.prefill, decision.decode, facts.num_tokens)
+
+    def _hits(self, candidate: C, facts: RequestFacts) -> Ints:
+        """Tokens of the request each worker is believed to hold. Workers with other block sizes hash otherwise."""
+        hits: Ints = np.zeros(self._index.num_slots, np.intp)
+        if self._policy.uses_hits and candidate.reusable:
+            for block_size in self._table.block_sizes:
+                for num_blocks, mask in self._index.match(candidate.hashes(block_size)):
+                    hits[bits(mask)] = num_blocks * block_size
+            if facts.session:
+                self._count_session(facts, hits)
+        return hits
+
+    def _count_session(self, facts: RequestFacts, hits: Ints) -> None:
+        for worker_id, num_tokens in self._affinity.held((facts.tenant, facts.session), self._table.now):
+            slot = self._slots.get(worker_id)
+            if slot is not None:
+                block_size = self._states[worker_id].description.block_size
+                num_blocks = min(num_tokens, facts.num_tokens) // block_size
+                hits[slot] = max(int(hits[slot]), num_blocks * block_size)
+
+    def _open_slot(self, state: WorkerState) -> None:
+        slot = self._slots[state.worker_id] = self._index.open()
+        self._table.add(state, slot)

@@ -1,0 +1,177 @@
+"""The workers as policies see them: one array for each number, for decisions whose time hardly grows with the workers.
+
+Placement owns the table. A Pool holds the workers of one role that may get a request now; position i of each of its
+arrays is one worker. What a worker reports marks it as dirty, and `refresh` brings the arrays up to date before a
+decision. Who is in a pool changes rarely; then the pool is built anew.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.step_model import StepModel
+from protos import worker_pb2 as pb
+from router.cluster_view import DECODE, PREFILL, WorkerRow, WorkerState
+from router.demand import Demand
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.intp]
+Bools = npt.NDArray[np.bool_]
+
+# Of an H200 with an 8B model: what workers are taken for until one of them has run some steps.
+REFERENCE = StepModel(base_s=0.0035, prefill_token_s=21e-6, pair_s=1e-9, decode_s=26e-6, kv_token_s=3e-8)
+
+_MIN_STEP_S = 1e-5  # steps are divided by
+
+_NUM_MODEL = 5  # columns
+_NUM_DERIVED = 6
+_NUM_COLUMNS = len(WorkerRow._fields) + _NUM_MODEL + _NUM_DERIVED
+
+
+class Pool:
+    """Columns are those of WorkerRow, and the worker's StepModel. A worker that has not run yet has the model of
+    another one in its pool; one that has never prefilled, what that takes in `prefillers`."""
+
+    def __init__(
+        self,
+        states: Sequence[WorkerState],
+        slots: Sequence[int],
+        fingerprints: dict[str, int],
+        prefillers: "Pool | None" = None,
+    ) -> None:
+        """`slots` are the workers' slots in the prefix index; `fingerprints` number those of all pools."""
+        self._states = states
+        self._prefillers = prefillers
+        self._positions = {state: position for position, state in enumerate(states)}
+        self._teacher = next((state for state in states if state.model is not None), None)
+        self.rows: Ints = np.array(slots, np.intp)
+        self.fingerprint: Ints = np.array(
+            [fingerprints.setdefault(state.description.fingerprint, len(fingerprints)) for state in states], np.intp
+        )
+        columns: Floats = np.empty((_NUM_COLUMNS, len(states)))
+        self._columns = columns
+        self.block_size: Floats = columns[0]
+        self.num_blocks: Floats = columns[1]
+        self.max_num_seqs: Floats = columns[2]
+        self.seq_limit: Floats = columns[3]
+        self.num_seqs: Floats = columns[4]
+        self.num_running: Floats = columns[5]
+        self.num_free_blocks: Floats = columns[6]
+        self.queue_s: Floats = columns[7]
+        self.num_waiting_tokens: Floats = columns[8]
+        self.num_waiting_pairs: Floats = columns[9]
+        self.num_pending: Floats = columns[10]
+        self.base_s: Floats = columns[11]
+        self.prefill_token_s: Floats = columns[12]
+        self.pair_s: Floats = columns[13]
+        self.decode_s: Floats = columns[14]
+        self.kv_token_s: Floats = columns[15]
+        self.wait_s: Floats = columns[16]  # until a prompt that comes now would begin
+        self.occupancy: Floats = columns[17]  # sequences, or as many as the used memory stands for if that is more
+        self.num_tokens: Floats = columns[18]  # that its blocks hold
+        self.seq_tokens: Floats = columns[19]  # of KV that a sequence has, on average
+        self.newcomer_s: Floats = columns[20]  # that one more sequence adds to a step, before its KV
+        self.step_s: Floats = columns[21]  # a decode step now
+        for state in states:
+            self._write(state)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __contains__(self, state: object) -> bool:
+        return state in self._positions
+
+    @property
+    def typical_model(self) -> StepModel | pb.StepModel:
+        return (self._teacher and self._teacher.model) or REFERENCE
+
+    def worker_id(self, position: int) -> str:
+        return self._states[position].worker_id
+
+    def among(self, worker_ids: Iterable[str]) -> Bools:
+        """By position: whether it is one of these."""
+        wanted = frozenset(worker_ids)
+        return np.array([state.worker_id in wanted for state in self._states], np.bool_)
+
+    def refresh(self, state: WorkerState) -> bool:
+        """False: others of the pool are taken for like this one, which has just learned its speed."""
+        if self._teacher is None and state.model is not None:
+            return False
+        self._write(state)
+        return True
+
+    def _write(self, state: WorkerState) -> None:
+        row, model = state.row(), state.model or self.typical_model
+        prefiller = model
+        if not model.prefill_token_s:
+            prefiller = REFERENCE if self._prefillers is None else self._prefillers.typical_model
+        base_s, token_s, pair_s = model.base_s, prefiller.prefill_token_s, prefiller.pair_s
+        wait_s = row.queue_s
+        if row.num_waiting_tokens:
+            wait_s += base_s + token_s * row.num_waiting_tokens + pair_s * row.num_waiting_pairs
+        used = row.num_blocks - row.num_free_blocks
+        seq_tokens = used * row.block_size / max(1, row.num_seqs)
+        # Noise in the model must not say that one more sequence is free, or one worker gets all.
+        newcomer_s = max(model.decode_s, base_s / max(1, row.max_num_seqs))
+        self._columns[:, self._positions[state]] = (
+            *row,
+            base_s,
+            token_s,
+            pair_s,
+            model.decode_s,
+            model.kv_token_s,
+            wait_s,
+            max(row.num_seqs, used / max(1, row.num_blocks) * row.max_num_seqs),
+            row.num_blocks * row.block_size,
+            seq_tokens,
+            newcomer_s,
+            max(_MIN_STEP_S, base_s + row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)),
+        )
+
+
+class WorkerTable:
+    """`turn` counts decisions, to spread ties; `now` is the time of this one. `demand` is of this router alone."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self.now = 0.0
+        self.num_own = 0  # requests of this router that its workers have
+        self.demand = Demand()
+        self.dirty: set[WorkerState] = set()
+        self._slots: dict[WorkerState, int] = {}
+        self._rebuild()
+
+    def add(self, state: WorkerState, slot: int) -> None:
+        """Also when a worker's slot in the prefix index is another one now."""
+        self._slots[state] = slot
+        self._changed = True
+
+    def remove(self, state: WorkerState) -> None:
+        del self._slots[state]
+        self._changed = True
+
+    def refresh(self) -> None:
+        """Bring the pools up to date."""
+        dirty = self.dirty
+        for state in dirty:
+            if self._changed:
+                break
+            if state in self._slots:
+                pool = self.prefill if state.description.role == PREFILL else self.decode
+                self._changed = (state in pool) != state.usable or (state in pool and not pool.refresh(state))
+        if self._changed:
+            self._rebuild()
+        dirty.clear()
+
+    def _rebuild(self) -> None:
+        fingerprints: dict[str, int] = {}
+        self.prefill = self._pool(PREFILL, fingerprints)
+        self.decode = self._pool(DECODE, fingerprints, self.prefill)
+        self.num_fingerprints = len(fingerprints)
+        self.block_sizes = tuple(sorted({int(size) for size in (*self.prefill.block_size, *self.decode.block_size)}))
+        self._changed = False
+
+    def _pool(self, role: str, fingerprints: dict[str, int], prefillers: Pool | None = None) -> Pool:
+        states = [state for state in self._slots if state.usable and state.description.role == role]
+        return Pool(states, [self._slots[state] for state in states], fingerprints, prefillers)

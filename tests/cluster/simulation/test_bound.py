@@ -1,0 +1,60 @@
+"""The bound against a brute-force twin, and against what the simulator reaches."""
+
+from itertools import combinations
+from random import Random
+
+import pytest
+
+from cluster.simulation.bound import goodput_bound, least_prefill_cost, most_in_time, prefill_work
+from cluster.simulation.report import Slo
+from cluster.simulation.simulation import Simulation
+from tests.cluster.simulation.small import MODEL, make_setup, request, trace_of
+from tests.cluster.simulation.test_simulation import random_trace
+
+
+def in_time(jobs: list[tuple[float, float]], speed: int, patience_s: float) -> bool:
+    """One machine, first come first: best where all are equally patient."""
+    free_at = 0.0
+    for time, work in jobs:
+        free_at = max(free_at, time) + work / speed
+        if free_at > time + patience_s:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_as_many_as_the_best_choice_of_requests(seed: int) -> None:
+    random = Random(seed)
+    speed, patience_s = random.choice([1, 2]), 4.0
+    jobs = sorted((random.randrange(12), float(random.randrange(1, 7))) for _ in range(9))
+    fit = [job for job in jobs if job[1] <= patience_s]
+    best = max(
+        number
+        for number in range(len(fit) + 1)
+        if any(in_time(list(some), speed, patience_s) for some in combinations(fit, number))
+    )
+    assert most_in_time([time for time, _ in jobs], [work for _, work in jobs], speed, patience_s) == best
+
+
+def test_the_least_cost_of_a_token_is_that_of_the_largest_step() -> None:
+    cost = least_prefill_cost(MODEL.seconds, 1024)
+    assert cost.token_s == pytest.approx(1e-4 + 0.01 / 1024)
+    assert cost.pair_s == 0.0
+
+
+def test_what_came_before_is_not_computed_again() -> None:
+    cost = least_prefill_cost(MODEL.seconds, 1024)
+    first, second = prefill_work(trace_of(request(0, 0.0, 1100, 1, [1, 2]), request(1, 0.0, 1100, 1, [1, 2])), cost)
+    assert first == pytest.approx(1100 * cost.token_s)
+    assert second == pytest.approx(76 * cost.token_s)
+
+
+@pytest.mark.parametrize("ttft_s", [0.1, 0.2])
+def test_no_simulation_beats_the_bound(ttft_s: float) -> None:
+    trace, setup = random_trace(2, num_requests=200, seconds=5.0), make_setup(2, 1)
+    result = Simulation(setup, trace).run()
+    reached = sum(Slo(ttft_s, 10.0).kept(each) for each in result.outcomes) / len(trace.requests)
+    bound = goodput_bound(setup, trace, 0, 1.0, ttft_s)
+    separate = goodput_bound(setup, trace, 0, 1.0, ttft_s, roles=["prefill"])
+    assert not any(each.prefill_worker is None for each in result.outcomes)
+    assert reached <= separate <= bound < 1.0

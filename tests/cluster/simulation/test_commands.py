@@ -1,0 +1,116 @@
+"""`baton simulate` and `baton plan` as a user meets them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from baton.cli import main
+
+SPEC = {"model": "m", "kv_cache": {"memory": "4GiB"}, "prefill": {"replicas": 2}, "decode": {"replicas": 2}}
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(SPEC))
+    return path
+
+
+def baton(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["baton", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_simulate_reports_and_draws(
+    spec_file: Path,
+    trace_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    args = ("simulate", spec_file, "--trace", trace_file, "--bound", "--json", out, "--plot", picture, "--routers", 2)
+    assert baton(monkeypatch, *args) == 0
+    report = json.loads(out.read_text())
+    assert (report["requests"], report["finished"], report["goodput"]) == (3, 3, 1.0)
+    assert report["goodput_bound"] == report["goodput_bound_separate"] == 1.0
+    assert report["pools"]["prefill"]["gpus"] == 2
+    assert 0 < report["ttft_s"]["p50"] < 0.5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "100.0% of 3 requests" in capsys.readouterr().out
+
+
+def test_simulation_loads_neither_torch_nor_ray_nor_matplotlib(spec_file: Path, trace_file: Path) -> None:
+    code = (
+        "import sys\nfrom baton.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'ray', 'matplotlib'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    args = ["simulate", str(spec_file), "--trace", str(trace_file)]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_prints_every_candidate_and_a_verdict(
+    spec_file: Path,
+    trace_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "plan.json"
+    row = {"timestamp": 0, "input_length": 3000, "output_length": 20}
+    rows = [row | {"hash_ids": list(range(10 * number, 10 * number + 6))} for number in range(30)]
+    trace_file.write_text("\n".join(json.dumps(row) for row in rows))
+    args = ("plan", spec_file, "--trace", trace_file, "--gpus", 2, "--slo", "ttft=0.3,tpot=0.05", "--json", out)
+    assert baton(monkeypatch, *args) == 0
+    candidates = json.loads(out.read_text())
+    assert {(each["prefill_workers"], each["decode_workers"]) for each in candidates} == {(1, 1), (0, 2)}
+    rates = [each["goodput_per_s_per_gpu"] for each in candidates]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0
+    said = capsys.readouterr().out
+    assert "better here" in said
+    assert "other TP sizes than 1 are not searched" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--slo", "ttft=2"], "--slo: 'ttft=2' is not allowed; allowed: both in seconds"),
+        (["--policy", "best"], "--policy: 'best' is not known; allowed: prefix_aware, round_robin"),
+        (["--rate-scale", "0"], "--rate-scale: 0 is not allowed"),
+        (["--bandwidth", "-1"], "--bandwidth: -1 is not allowed"),
+        (["--block-size", "48"], "--block-size: 48 is not allowed"),
+        (["--profile", "nowhere"], "profile: 'nowhere' is no file"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    spec_file: Path,
+    trace_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    message: str,
+) -> None:
+    assert baton(monkeypatch, "simulate", spec_file, "--trace", trace_file, *args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_spec_without_kv_memory_and_a_bad_trace_are_named(
+    tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "short.yaml"
+    spec.write_text("model: m\n")
+    assert baton(monkeypatch, "simulate", spec, "--trace", trace_file) == 2
+    assert "kv_cache.memory: must be set" in capsys.readouterr().err
+    trace_file.write_text("{}\n")
+    assert baton(monkeypatch, "simulate", spec, "--trace", trace_file) == 2
+    assert "line 1: KeyError: 'timestamp'" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""Small clusters whose times are worked out by hand, and what holds of every simulation."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from cluster.simulation.report import Slo, make_report
+from cluster.simulation.router import Outcome
+from cluster.simulation.simulation import Result, Setup, Simulation
+from cluster.simulation.trace import Trace, TraceRequest
+from router.policies import LeastLoaded, PrefixAware, RoundRobin
+from tests.cluster.simulation.small import KV_BYTES, LATENCY_S, NETWORK_S, make_setup, request, trace_of
+
+
+def run(setup: Setup, trace: Trace, **options: float) -> Result:
+    """With the checks that hold at the end of each: every block is free or idle."""
+    simulation = Simulation(setup, trace, **options)  # type: ignore[arg-type]
+    result = simulation.run()
+    simulation.check_invariants()
+    for worker in simulation.cluster.workers.values():
+        assert worker.engine.kv.num_free == worker.engine.kv.num_blocks, worker.worker_id
+    assert [each.number for each in result.outcomes] == [each.number for each in trace.requests]
+    return result
+
+
+def random_trace(seed: int, num_requests: int = 120, seconds: float = 10.0) -> Trace:
+    """Conversations that share up to three blocks of the trace."""
+    random = Random(seed)
+    requests: list[TraceRequest] = []
+    for number, arrived in enumerate(sorted(random.uniform(0, seconds) for _ in range(num_requests))):
+        topic = random.randrange(6)
+        contents = [10 * topic + block for block in range(random.randrange(4))]
+        num_prompt = 512 * len(contents) + random.randrange(1, 700)
+        requests.append(request(number, arrived, num_prompt, random.randrange(1, 60), contents))
+    return trace_of(*requests)
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_a_handoff_takes_what_its_parts_take() -> None:
+    """Prefill 10 ms + 100 * 0.1 ms; the KV of the last of 4 layer groups after that; then steps of 11 ms."""
+    (outcome,) = run(make_setup(), trace_of(request(0, arrived=1.0, num_prompt=100, num_output=3))).outcomes
+    prefill_s, copy_s, step_s = 0.02, 100 * KV_BYTES / 1e9, 0.011
+    assert outcome.ttft == pytest.approx(NETWORK_S + prefill_s + NETWORK_S)
+    # The offer reaches the decode worker while the prompt is computed, so all but a quarter travels before its end.
+    decode_starts = 1.0 + NETWORK_S + prefill_s + copy_s / 4 + LATENCY_S
+    assert outcome.finished == pytest.approx(decode_starts + 2 * step_s + NETWORK_S)
+    assert outcome.transferred_bytes == 100 * KV_BYTES
+    assert (outcome.prefill_worker, outcome.decode_worker) == ("prefill-0", "decode-0")
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_without_prefill_workers_the_decode_worker_does_it_all() -> None:
+    (outcome,) = run(make_setup(num_prefill=0), trace_of(request(0, num_prompt=100, num_output=3))).outcomes
+    assert outcome.ttft == pytest.approx(2 * NETWORK_S + 0.02)
+    assert outcome.tpot == pytest.approx(0.011)
+    assert (outcome.prefill_worker, outcome.transferred_bytes) == (None, 0)
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_a_long_prompt_takes_several_steps_and_only_the_last_chunk_travels_after_the_next_to_last() -> None:
+    (outcome,) = run(make_setup(), trace_of(request(0, num_prompt=2000, num_output=2))).outcomes
+    assert outcome.ttft == pytest.approx(2 * NETWORK_S + 2 * 0.01 + 2000 * 1e-4)
+    # 1024 tokens in the first step, 976 in the second: a quarter of their bytes is left when it ends.
+    tail_s = 976 * KV_BYTES / 1e9 / 4 + LATENCY_S
+    assert outcome.tpot == pytest.approx(tail_s + 0.011)
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_an_answer_of_one_token_ends_on_the_prefill_worker() -> None:
+    (outcome,) = run(make_setup(), trace_of(request(0, num_output=1))).outcomes
+    assert outcome.finished == outcome.first_token == pytest.approx(2 * NETWORK_S + 0.02)
+    assert outcome.transferred_bytes == 0
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_a_cached_prefix_is_neither_computed_nor_sent_again() -> None:
+    contents = [1, 2]
+    first = request(0, 0.0, 1100, 3, contents)
+    again = request(1, 5.0, 1100, 3, contents)
+    outcomes = run(make_setup(max_batch_tokens=2048), trace_of(first, again)).outcomes
+    assert [each.cached_tokens for each in outcomes] == [0, 1024]
+    assert outcomes[1].ttft == pytest.approx(2 * NETWORK_S + 0.01 + 76 * 1e-4)
+    assert [each.transferred_bytes for each in outcomes] == [1100 * KV_BYTES, 76 * KV_BYTES]
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_two_prompts_that_come_together_share_a_step() -> None:
+    outcomes = run(make_setup(), trace_of(request(0), request(1))).outcomes
+    assert [each.ttft for each in outcomes] == pytest.approx([2 * NETWORK_S + 0.03] * 2)
+
+
+@pytest.mark.parametrize("routers", [1, 3])
+@pytest.mark.parametrize("policy", [RoundRobin, LeastLoaded, PrefixAware])
+def test_the_same_seed_gives_the_same_report(policy: type[PrefixAware], routers: int) -> None:
+    def report(seed: int) -> dict[str, object]:
+        setup = make_setup(2, 2, policy=policy, num_routers=routers)
+        result = run(setup, random_trace(1), seed=seed)
+        data = make_report(result, trace="t", policy="p", seed=0, rate_scale=1.0, slo=Slo(0.3, 0.05)).to_json()
+        return {name: value for name, value in data.items() if name not in ("wall_s", "speed_up", "decision_us")}
+
+    assert report(1) == report(1)
+    assert report(1) != report(2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_request_ends_and_every_block_comes_back_where_memory_is_short(seed: int) -> None:
+    """24 blocks hold about 3,000 tokens: sequences wait, are preempted and compute again."""
+    trace = random_trace(seed)
+    outcomes = run(make_setup(2, 2, num_blocks=24, max_batch_tokens=256), trace, seed=seed).outcomes
+    assert all(each.finished is not None for each in outcomes)
+    assert any(each.cached_tokens for each in outcomes)
+
+
+@pytest.mark.parametrize("num_prefill", [0, 1])
+def test_many_steps_at_a_time_take_the_time_of_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, num_prefill: int
+) -> None:
+    """One worker of a kind, so reports decide nothing."""
+    trace, setup = random_trace(3, num_requests=40), make_setup(num_prefill, policy=RoundRobin)
+
+    def times(outcomes: list[Outcome]) -> list[float]:
+        return [time for each in outcomes for time in (each.ttft or 0.0, each.finished or 0.0)]
+
+    together = run(setup, trace)
+    monkeypatch.setattr("cluster.simulation.worker.REPORT_S", 0.0)
+    single = run(setup, trace)
+    assert times(list(together.outcomes)) == pytest.approx(times(list(single.outcomes)))
+    assert together.num_steps == single.num_steps
+    assert together.busy_s == pytest.approx(single.busy_s)
+
+
+def test_more_workers_serve_more_in_time() -> None:
+    """Fifty requests a second, which four workers of each kind just keep up with."""
+    slo = Slo(ttft_s=0.5, tpot_s=0.03)
+    kept = []
+    for num_workers in (1, 2, 4):
+        outcomes = run(make_setup(num_workers, num_workers), random_trace(5, num_requests=500)).outcomes
+        kept.append(sum(slo.kept(each) for each in outcomes))
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_a_lease_that_no_decode_worker_opens_in_time_expires_and_the_request_is_tried_again() -> None:
+    """Leases of 0.2 s, and a decode worker whose memory is full for longer: four routers fill it at the same time."""
+    setup = make_setup(2, 1, num_blocks=12, policy=RoundRobin, num_routers=4, lease_s=0.2)
+    trace = trace_of(*(request(number, 0.0, 500, 200) for number in range(8)))
+    outcomes = run(setup, trace).outcomes
+    assert any(each.num_attempts > 1 for each in outcomes)
+    assert all(each.finished is not None or each.refused == "attempts failed" for each in outcomes)
+    assert sum(each.finished is not None for each in outcomes) >= 4
+
+
+def test_a_prompt_that_fits_nowhere_is_refused() -> None:
+    outcomes = run(make_setup(num_blocks=8), trace_of(request(0, num_prompt=1024), request(1))).outcomes
+    assert [each.refused for each in outcomes] == ["the prompt is too long", ""]
+
+
+def test_a_report_counts_rejects_as_misses() -> None:
+    result = run(make_setup(num_blocks=8), trace_of(request(0, num_prompt=1024), request(1)))
+    report = make_report(result, trace="t", policy="p", seed=0, rate_scale=1.0, slo=Slo())
+    assert (report.goodput, report.rejects) == (0.5, {"the prompt is too long": 1})
+    assert report.pools["decode"].steps == 2
+    assert 0 < report.pools["prefill"].busy_share < 1
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_a_router_that_knows_the_limits_refuses_what_would_miss_them() -> None:
+    """Ten prompts of 0.11 s that come at once, when the worker has learnt its speed: the queue alone gets too long."""
+    first = [request(number, number, 100 * number + 50, 2) for number in range(12)]
+    trace = trace_of(*first, *(request(number, 20.0, 1000, 2) for number in range(12, 22)))
+    outcomes = run(replace(make_setup(num_blocks=256), ttft_s=0.5), trace).outcomes
+    refused = [each for each in outcomes if each.refused]
+    assert 5 <= len(refused) <= 7
+    assert all(each.number >= 12 and each.first_token is None for each in refused)
+    assert all(each.ttft is not None and each.ttft <= 0.5 for each in outcomes if not each.refused)
+    assert not any(each.refused for each in run(make_setup(num_blocks=256), trace).outcomes)

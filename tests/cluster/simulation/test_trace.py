@@ -1,0 +1,88 @@
+"""Traces: what requests have in common, when they come, and what is said of files that are none."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.simulation.trace import WINDOW_S, Trace, TraceError, TraceRequest, arrivals, load_trace
+from tests.cluster.simulation.small import request
+
+
+def shared(left: list[int], right: list[int]) -> int:
+    """Leading blocks in common; none further on."""
+    num = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    assert not set(left[num:]) & set(right[num:])
+    return num
+
+
+@pytest.mark.parametrize("block_size", [16, 128, 512])
+def test_equal_prefixes_give_equal_hashes(trace_file: Path, block_size: int) -> None:
+    first, second, third = load_trace(trace_file).requests
+    assert len(first.hashes(block_size)) == 1140 // block_size
+    assert shared(first.hashes(block_size), second.hashes(block_size)) == 512 // block_size
+    assert len(set(first.hashes(block_size))) == 1140 // block_size
+    assert shared(second.hashes(block_size), third.hashes(block_size)) == 512 // block_size
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_the_next_turn_of_a_conversation_repeats_the_answer(trace_file: Path, block_size: int) -> None:
+    """The third shares all full blocks of the first, and is longer than that one with its answer."""
+    first, _, third = load_trace(trace_file).requests
+    assert shared(first.hashes(block_size), third.hashes(block_size)) == 1140 // block_size
+
+
+def test_an_answer_that_nobody_repeats_is_like_no_other(tmp_path: Path) -> None:
+    """Two requests with one prompt: their answers differ, even in the trace's block that the prompt ends in."""
+    path = tmp_path / "twins.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 600, "output_length": 900, "hash_ids": [0, 1]}\n' * 2)
+    first, second = load_trace(path).requests
+    assert shared(first.hashes(16), second.hashes(16)) == 600 // 16
+    assert len(first.hashes(16)) == 1500 // 16
+
+
+def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,1374,44\n2023-11-16 18:15:50.9951690,2396,109\n"
+    )
+    trace = load_trace(path)
+    assert trace.seconds == pytest.approx(4.314579)
+    assert [(each.num_prompt_tokens, each.num_output_tokens) for each in trace.requests] == [(1374, 44), (2396, 109)]
+    assert shared(trace.requests[0].hashes(16), trace.requests[1].hashes(16)) == 0
+
+
+def test_arrivals_stay_in_their_window_and_order_and_differ_by_seed() -> None:
+    trace = Trace("t", [request(number, arrived=3.0 * (number // 4)) for number in range(40)])
+    times = arrivals(trace, seed=1)
+    assert times == sorted(times)
+    assert [int(time // WINDOW_S) for time in times] == [number // 4 for number in range(40)]
+    assert times == arrivals(trace, seed=1)
+    assert times != arrivals(trace, seed=2)
+    assert arrivals(trace, seed=1, rate_scale=2.0) == pytest.approx([time / 2 for time in times])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}", "line 1: KeyError: 'timestamp'"),
+        ("no", "line 1: JSONDecodeError"),
+        ('{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": []}', "at least 1"),
+        ('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "hash_ids: 1 for 600 tokens"),
+        ("", "holds no request|JSONDecodeError"),
+    ],
+)
+def test_a_file_that_is_no_trace_is_refused_with_the_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line)
+    with pytest.raises(TraceError, match=message):
+        load_trace(path)
+
+
+def test_the_first_requests_alone_can_be_loaded(trace_file: Path) -> None:
+    assert [each.num_prompt_tokens for each in load_trace(trace_file, max_requests=2).requests] == [1100, 700]
+
+
+def test_hashes_do_not_depend_on_what_came_before() -> None:
+    one = TraceRequest(0, 0.0, 1024, 1, (7, 8, 9))
+    assert one.hashes(128)[:8] == TraceRequest(5, 9.0, 1024, 1, (7, 8, 11)).hashes(128)[:8]

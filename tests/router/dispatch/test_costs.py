@@ -1,0 +1,101 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from router.costs import PrefillLoad, decode_cost, prefill_cost
+from router.demand import Rate
+from router.policies import PrefixAware
+from tests.router.dispatch.test_policies import MODEL, choose, facts, view, worker
+
+IDLE = PrefillLoad(0.0, 0.0)
+
+
+def test_work_is_what_the_workers_model_says_of_the_rest_of_the_prompt():
+    attentive = dataclasses.replace(MODEL, pair_s=2.0**-20)
+    pool = view(worker("p0", model=attentive), worker("p1", model=attentive, queue_s=2.0)).prefill
+    cost = prefill_cost(1000, np.array([1000, 200]), pool, IDLE)
+    expected = [attentive.prefill_seconds(1000, 0), attentive.prefill_seconds(200, 800)]
+    assert cost.work == pytest.approx(expected, rel=1e-6)
+    assert cost.first == pytest.approx([expected[0], 2.0 + expected[1]], rel=1e-6)
+    assert cost.others.tolist() == [0.0, 0.0]
+
+
+def test_work_costs_others_the_more_the_fuller_the_pool():
+    def others(least_queue: float, requests_per_s: float, busy: float) -> float:
+        pool = view(worker("p0", queue_s=3.0), worker("p1", queue_s=least_queue)).prefill
+        uncached = np.array([990, 990])  # 1 s
+        return float(prefill_cost(1000, uncached, pool, PrefillLoad(requests_per_s, busy)).others[0])
+
+    assert others(0.0, 0.0, 0.0) == 0.0
+    assert others(0.0, 2.0, 0.8) == pytest.approx(0.8, rel=1e-5)  # somebody is idle: nobody has to wait for it
+    assert others(1.0, 2.0, 0.5) == pytest.approx(0.5 + 4.0, rel=1e-5)  # 2 a second during 2 s, each 1 s later
+    assert others(1.0, 2.0, 0.8) == pytest.approx(0.8 + 10.0, rel=1e-5)
+    assert others(1.0, 2.0, 2.0) == pytest.approx(1.0 + 20.0, rel=1e-5)  # bounded
+
+
+def test_a_second_of_work_is_dearer_than_a_second_of_waiting_where_the_pool_is_full():
+    def pick(table) -> str | None:
+        return choose(PrefixAware(), facts(), {"p0": 800}, table).prefill
+
+    def table(queue: float):
+        return view(worker("p0", queue_s=queue + 1.0), worker("p1", queue_s=queue), worker("d0"))
+
+    assert pick(table(2.0)) == "p1"
+    full = table(2.0)
+    for number in range(120):
+        full.demand.placed(0.9, 0.5 * number)
+    full.now = 60.0
+    assert pick(full) == "p0"
+    assert pick(table(0.0)) == "p1"
+
+
+def test_a_step_of_a_decode_worker_is_predicted_for_the_end_of_prefill():
+    pool = view(worker("d0", num_seqs=40), worker("d1")).decode
+    needed = np.zeros(2)
+    now = decode_cost(1000, 100, needed, pool, 0.0, 1000.0)
+    assert now.step == pytest.approx([0.01 + 0.041, 0.01 + 0.001], rel=1e-5)
+    later = decode_cost(1000, 100, needed, pool, 50.0, 1000.0)  # 1,000 steps of 50 ms: 1/e are left
+    assert later.step == pytest.approx([0.01 + 0.001 * (40 / np.e + 1), 0.011], rel=1e-4)
+
+
+def test_sequences_on_their_way_are_there_by_then():
+    decode = worker("d0", num_seqs=10)
+    for handle in range(5):
+        decode.reserve(handle, 0, 10)
+    pool = view(decode).decode
+    assert decode_cost(1000, 100, np.zeros(1), pool, 1e9, 1000.0).step == pytest.approx([0.01 + 0.006], rel=1e-5)
+
+
+def test_a_newcomer_pays_for_its_own_steps_and_for_those_of_others():
+    pool = view(worker("d0", num_seqs=40), worker("d1")).decode
+    total = decode_cost(1000, 100, np.zeros(2), pool, 0.0, 500.0).total
+    assert total == pytest.approx([100 * 0.051 + 40 * 0.001 * 500, 100 * 0.011], rel=1e-5)
+
+
+def test_memory_that_is_not_free_by_then_is_waited_for():
+    """500 tokens each of 20 sequences, of 16,000 in all."""
+    pool = view(worker("d0", num_seqs=20, num_free_blocks=375)).decode
+    fits = decode_cost(1000, 100, np.array([375.0]), pool, 0.0, 100.0)
+    lacks = decode_cost(1000, 100, np.array([475.0]), pool, 0.0, 100.0)
+    freed_per_s = 20 * 500 / (100 * fits.step[0])
+    assert lacks.total[0] - fits.total[0] == pytest.approx(1600 / freed_per_s, rel=1e-5)
+
+
+def test_requests_go_where_memory_will_be():
+    full = worker("d0", num_seqs=8, num_free_blocks=100)
+    table = view(worker("p0", queue_s=5.0), full, worker("d1", num_seqs=9, num_free_blocks=900))
+    table.demand.mean_output = 1e6  # what runs goes on, and grows
+    assert choose(PrefixAware(), facts(), {}, table).decode == "d1"
+
+
+def test_a_rate_is_exact_for_a_steady_flow_and_follows_a_change():
+    rate = Rate()
+    for tick in range(20):
+        rate.add(0.5, tick * 0.1)
+    assert rate.per_second(2.0) == pytest.approx(5.0, rel=0.02)
+    for tick in range(3000):
+        rate.add(0.5, 2.0 + tick * 0.1)
+    assert rate.per_second(302.0) == pytest.approx(5.0, rel=0.02)
+    assert rate.per_second(302.0 + 600.0) < 0.01
+    assert Rate().per_second(5.0) == 0.0

@@ -1,0 +1,284 @@
+"""Placement driven as the dispatcher and the simulator drive it, with workers that are a few numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.kv.events import KvEvent
+from engine.step_model import StepModel
+from engine.wire import model_to_pb
+from protos import worker_pb2 as pb
+from router.admission import AdmissionConfig
+from router.cluster_view import WorkerState
+from router.placement import Placed, Placement, PlacementConfig, Refused
+from router.policies import PrefixAware, RequestFacts
+
+BLOCK = 16
+MODEL = StepModel(base_s=0.004, prefill_token_s=1e-4, pair_s=0.0, decode_s=2e-4, kv_token_s=0.0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(eq=False)
+class Prompt:
+    facts_: RequestFacts
+    hashes_: Sequence[int] = ()
+    reusable: bool = True
+
+    def facts(self) -> RequestFacts:
+        return self.facts_
+
+    def hashes(self, _block_size: int) -> Sequence[int]:
+        return self.hashes_
+
+
+@dataclass
+class Cluster:
+    """`p..` prefill and `d..` decode workers that report what a test says."""
+
+    ids: Sequence[str]
+    config: PlacementConfig = field(default_factory=PlacementConfig)
+    policy: PrefixAware = field(default_factory=PrefixAware)
+    num_seqs: int = 256
+
+    def __post_init__(self) -> None:
+        self.clock = Clock()
+        self.placement: Placement[Prompt] = Placement(self.policy, self.config, self.clock)
+        self.states: dict[str, WorkerState] = {}
+        self.turn = self.handle = 0
+        for worker_id in self.ids:
+            self.attach(worker_id)
+            self.report(worker_id)
+
+    def attach(self, worker_id: str, hashes: Sequence[int] = ()) -> None:
+        described = pb.Description(
+            role="prefill" if worker_id[0] == "p" else "decode",
+            fingerprint="f",
+            block_size=BLOCK,
+            num_blocks=10_000,
+            max_num_seqs=self.num_seqs,
+        )
+        self.states[worker_id] = self.placement.attach(worker_id, described, hashes)
+
+    def report(self, worker_id: str, *, num_running: int = 0, queue_s: float = 0.0, draining: bool = False) -> None:
+        self.turn += 1
+        self.states[worker_id].report(
+            pb.Load(
+                num_running=num_running,
+                num_free_blocks=10_000 - 20 * num_running,
+                queue_us=round(queue_s * 1e6),
+                model=model_to_pb(MODEL),
+                draining=draining,
+                turn=self.turn,
+            )
+        )
+
+    def add(self, num_tokens: int = 1600, hashes: Sequence[int] = (), **facts) -> Prompt:
+        prompt = Prompt(RequestFacts(num_tokens, 200, arrived=self.clock.now, **facts), hashes)
+        self.placement.add(prompt)
+        return prompt
+
+    def pump(self) -> list[Placed[Prompt] | Refused[Prompt]]:
+        outcomes = []
+        for outcome in self.placement.pump():
+            outcomes.append(outcome)
+            if isinstance(outcome, Placed):
+                self.handle += 1
+                prefiller = outcome.prefill or outcome.decode
+                if outcome.prefill is not None:
+                    outcome.prefill.reserve(self.handle, outcome.prefill_tokens, 0, outcome.prefill_past)
+                tokens = outcome.prefill_tokens if prefiller is outcome.decode else 0
+                outcome.decode.reserve(self.handle, tokens, outcome.decode_blocks, outcome.prefill_past)
+        return outcomes
+
+    def place(self, *args, **facts) -> Placed[Prompt]:
+        prompt = self.add(*args, **facts)
+        (placed,) = self.pump()
+        assert isinstance(placed, Placed)
+        assert placed.candidate is prompt
+        return placed
+
+
+def chain(first: int, num_tokens: int) -> list[int]:
+    return list(range(first, first + num_tokens // BLOCK))
+
+
+def test_workers_that_attach_leave_drain_and_close_are_used_and_not_used():
+    it = Cluster(["p0", "d0"])
+    assert (it.place().decision.prefill, it.place().decision.decode) == ("p0", "d0")
+    it.states["p0"].closed = True
+    assert it.place().decision.prefill is None
+    it.attach("p1")
+    assert it.place().decision.prefill == "p1"
+    it.report("p1", draining=True)
+    it.states["p0"].closed = False
+    assert it.place().decision.prefill == "p0"
+    it.placement.detach("p0")
+    it.placement.detach("p0")
+    it.report("p1")
+    assert it.place().decision.prefill == "p1"
+    it.placement.detach("d0")
+    it.add()
+    assert it.pump() == []
+    it.attach("d1")
+    assert [each.decision.decode for each in it.pump()] == ["d1"]
+
+
+def test_the_index_follows_events_clears_and_new_lives():
+    it = Cluster(["p0", "p1", "d0"])
+    prompt = chain(1, 1600)
+
+    def hit() -> tuple[str | None, int]:
+        it.report("p0")
+        it.report("p1")
+        placed = it.place(1600, prompt)
+        for state in it.states.values():
+            state.counted(it.handle)
+        assert placed.prefill_tokens + placed.prefill_past == 1600
+        return placed.decision.prefill, placed.decision.hit_tokens
+
+    it.placement.apply("p1", KvEvent(stored=tuple(prompt[:90])))
+    assert hit() == ("p1", 1440)
+    it.placement.apply("p1", KvEvent(removed=tuple(prompt[50:90])))
+    assert hit() == ("p1", 800)
+    it.placement.apply("p1", KvEvent(stored=tuple(prompt[:20]), cleared=True))
+    assert hit() == ("p1", 320)
+    assert it.placement.num_blocks("p1") == 20
+    it.attach("p1", prompt[:70])
+    assert hit() == ("p1", 1120)
+    it.attach("p1")
+    assert hit()[1] == 0
+
+
+def test_a_burst_spreads_as_each_decision_counts_the_ones_before():
+    it = Cluster(["p0", "p1", "p2", "d0", "d1"])
+    for _ in range(12):
+        it.add()
+    placed = it.pump()
+    assert sorted(each.decision.prefill for each in placed) == sorted(["p0", "p1", "p2"] * 4)
+    assert sorted(each.decision.decode for each in placed) == sorted(["d0", "d1"] * 6)
+
+
+def test_what_does_not_fit_in_the_queue_is_refused_newest_first():
+    it = Cluster(["d0"], PlacementConfig(AdmissionConfig(max_queue=2, max_running=1)))
+    first, second, third, fourth = (it.add() for _ in range(4))
+    outcomes = it.pump()
+    assert [(type(each), each.candidate) for each in outcomes] == [(Placed, first), (Refused, fourth)]
+    assert it.placement.waiting() == [second, third]
+    it.placement.put_back(first)  # more wait now than may, but nobody who was let in is refused
+    it.placement.add(fifth := Prompt(RequestFacts(16, 1)))
+    assert [each.candidate for each in it.pump()] == [first, fifth]
+
+
+def test_a_hot_prefix_is_computed_elsewhere_once_its_holder_is_the_bottleneck():
+    """Requests of 1,600 new tokens (0.16 s) after a shared 8,000: the holder alone cannot take 20 of them a second."""
+    it = Cluster([*(f"p{i}" for i in range(4)), "d0", "d1"])
+    prefix = chain(1, 8000)
+    it.placement.apply("p0", KvEvent(stored=tuple(prefix)))
+    busy_until = dict.fromkeys(("p0", "p1", "p2", "p3"), 0.0)
+    holders: list[int] = []
+    waits: list[float] = []
+    for number in range(400):
+        it.clock.now = number * 0.05
+        for worker_id, until in busy_until.items():
+            it.report(worker_id, queue_s=max(0.0, until - it.clock.now))
+        own = chain(10_000 + 1000 * number, 1600)
+        placed = it.place(9600, prefix + own)
+        worker_id = placed.decision.prefill
+        assert worker_id is not None
+        start = max(it.clock.now, busy_until[worker_id])
+        busy_until[worker_id] = start + MODEL.prefill_seconds(placed.prefill_tokens, placed.prefill_past)
+        waits.append(busy_until[worker_id] - it.clock.now)
+        it.placement.apply(worker_id, KvEvent(stored=tuple(prefix + own)))
+        for state in it.states.values():
+            state.counted(it.handle)
+        it.placement.release(placed.candidate, 100)
+        holders.append(sum(it.placement.num_blocks(each) >= len(prefix) for each in busy_until))
+    assert holders[0] == 1  # the prefix alone is where it was
+    assert holders[-1] == 4
+    assert max(waits[200:]) < 1.0  # 0.16 s without any queue; the holder alone would be 40 s behind by the end
+
+
+def test_where_the_holder_keeps_up_a_prefix_stays_on_one_worker():
+    it = Cluster(["p0", "p1", "d0"])
+    prefix = chain(1, 8000)
+    it.placement.apply("p0", KvEvent(stored=tuple(prefix)))
+    for number in range(50):
+        it.clock.now = float(number)
+        it.report("p0")
+        it.report("p1")
+        placed = it.place(8160, prefix + chain(10_000 + 1000 * number, 160))
+        assert placed.decision.prefill == "p0"
+        for state in it.states.values():
+            state.counted(it.handle)
+
+
+def test_the_next_turn_of_a_session_goes_where_the_last_one_was_before_the_index_knows():
+    it = Cluster([*(f"p{i}" for i in range(4)), *(f"d{i}" for i in range(4))])
+
+    def turn(num_tokens: int, **facts) -> Placed[Prompt]:
+        """Placed and prefilled; it still decodes."""
+        placed = it.place(num_tokens, **facts)
+        assert placed.prefill is not None
+        placed.prefill.counted(it.handle)
+        return placed
+
+    first = turn(3200, session="s")
+    turn(3200)
+    second = turn(4800, session="s")
+    assert second.decision.prefill == first.decision.prefill
+    assert second.decision.hit_tokens == 3200
+    assert turn(4800, session="s", tenant="another").decision.hit_tokens == 0
+    it.placement.release(first.candidate, 100)
+    it.placement.release(second.candidate, 161)
+    third = turn(6400, session="s")
+    assert third.decision.hit_tokens == 4800
+    blocks_of_answer = 160 // BLOCK
+    without = -(-(6400 + 200) // BLOCK)
+    assert third.decision.decode == second.decision.decode
+    assert third.decode_blocks == without - 4800 // BLOCK - blocks_of_answer
+
+
+def test_a_session_that_paused_is_believed_to_be_where_the_index_says():
+    it = Cluster(["p0", "p1", "d0"])
+    first = it.place(3200, session="s")
+    it.placement.release(first.candidate, 100)
+    it.clock.now += 60
+    assert it.place(4800, session="s").decision.hit_tokens == 0
+
+
+@pytest.mark.parametrize("session", ["", "s"])
+def test_prompts_that_cannot_reuse_blocks_have_no_hits(session):
+    it = Cluster(["p0", "d0"])
+    prompt = chain(1, 1600)
+    it.placement.apply("p0", KvEvent(stored=tuple(prompt)))
+    for _ in range(2):
+        candidate = Prompt(RequestFacts(1600, 1, session=session), prompt, reusable=False)
+        it.placement.add(candidate)
+        (placed,) = it.pump()
+        assert placed.decision.hit_tokens == 0
+
+
+def test_sequences_of_other_routers_count_in_what_the_pool_is_asked():
+    """The delay to others that a request causes is the larger, the more of them come."""
+
+    def cost(num_running: int) -> float:
+        it = Cluster(["p0", "p1", "d0"])
+        for number in range(20):
+            it.clock.now = number * 0.1
+            it.place(1600)
+            it.report("p0")
+            it.report("p1")
+        for state in it.states.values():
+            for handle in range(1, it.handle + 1):
+                state.counted(handle)
+        it.report("d0", num_running=num_running)
+        return it.place(1600).decision.cost_s - it.place(1600, hashes=()).decision.ttft_s
+
+    assert cost(60) > cost(20)

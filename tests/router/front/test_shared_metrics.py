@@ -1,0 +1,91 @@
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.multiprocess import mark_process_dead
+from prometheus_client.registry import Collector
+
+from router.metrics import Metrics
+from router.shared_metrics import SharedMetrics
+
+MODEL = {"model_name": "m"}
+
+
+def process(directory: Path, number: int) -> tuple[Metrics, SharedMetrics]:
+    own = Metrics(CollectorRegistry(), "m")
+    return own, SharedMetrics(own, directory, number)
+
+
+def test_one_process_shows_what_it_would_show_alone(tmp_path: Path) -> None:
+    own, shared = process(tmp_path, 0)
+    own.responses["/live", 200] = 3
+    own.generation_tokens = 8
+    own.num_running = 2
+    for seconds in (0.0005, 0.03, 0.03, 9.0, 5000.0):
+        own.first_token.observe(seconds)
+    own.inter_token.observe(0.02)
+    assert _samples(shared.registry) == _samples(own.registry)
+    own.first_token.observe(0.03)
+    assert _samples(shared.registry) == _samples(own.registry)
+
+
+def test_any_process_shows_the_sum_and_a_new_life_goes_on_from_it(tmp_path: Path) -> None:
+    (first, shown), (second, other) = process(tmp_path, 0), process(tmp_path, 1)
+    for own, count in ((first, 2), (second, 5)):
+        own.responses["/live", 200] = count
+        own.num_waiting = count
+        for _ in range(count):
+            own.first_token.observe(0.03)
+    other.write()
+    seen = shown.registry.get_sample_value
+    for _ in range(2):  # a scrape counts nothing twice
+        assert seen("baton_http_responses_total", {"route": "/live", "status": "200"}) == 7
+        assert seen("vllm:num_requests_waiting", MODEL) == 7
+        assert seen("baton_time_to_first_token_seconds_count", MODEL) == 7
+        assert seen("baton_time_to_first_token_seconds_bucket", MODEL | {"le": "0.02"}) == 0
+        assert seen("baton_time_to_first_token_seconds_bucket", MODEL | {"le": "0.04"}) == 7
+    mark_process_dead(1, str(tmp_path))
+    assert seen("vllm:num_requests_waiting", MODEL) == 2
+    assert seen("baton_time_to_first_token_seconds_count", MODEL) == 7
+    again, other = process(tmp_path, 1)
+    again.responses["/live", 200] = 1
+    again.first_token.observe(0.03)
+    other.write()
+    assert seen("baton_http_responses_total", {"route": "/live", "status": "200"}) == 8
+    assert seen("baton_time_to_first_token_seconds_count", MODEL) == 8
+    assert len(list(tmp_path.glob("*.db"))) == 2 * 4
+
+
+def test_of_a_worker_the_worst_is_shown_until_it_leaves(tmp_path: Path) -> None:
+    class Lags(Collector):
+        def __init__(self, **lags: float) -> None:
+            self.lags = lags
+
+        def collect(self):
+            family = GaugeMetricFamily("lag", "Lag.", labels=["worker_id"])
+            for worker_id, lag in self.lags.items():
+                family.add_metric([worker_id], lag)
+            yield family
+
+    near, far = Lags(a=1.0, b=2.0), Lags(a=3.0, b=0.5)
+    shown, other = SharedMetrics(near, tmp_path, 0), SharedMetrics(far, tmp_path, 1)
+    other.write()
+    seen = shown.registry.get_sample_value
+    assert [seen("lag", {"worker_id": each}) for each in "ab"] == [3.0, 2.0]
+    near.lags, far.lags = {"a": 1.0}, {"a": 0.5}
+    other.write()
+    assert [seen("lag", {"worker_id": each}) for each in "ab"] == [1.0, None]
+
+
+def _samples(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    assert generate_latest(registry)
+    return {
+        (sample.name, tuple(sorted(_label(name, value) for name, value in sample.labels.items()))): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+    }
+
+
+def _label(name: str, value: str) -> tuple[str, str]:
+    return name, str(float(value)) if name == "le" else value
