@@ -94,7 +94,8 @@ def demo_spec(path: Path, model: str | None, port: int) -> ClusterSpec:
             "kv_cache": {"memory": "256MiB"},
             "prefill": {"replicas": 1, "scheduler": {"max_batch_tokens": CHUNK_TOKENS}},
             "decode": {"replicas": 1},
-            "router": {"port": port},
+            # A handoff is to be seen, though an idle decode worker would prefill this by itself.
+            "router": {"port": port, "local_prefill_max_tokens": 0},
         }
     )
 

@@ -29,6 +29,7 @@ from cluster.simulation.report import Slo, make_report
 from cluster.simulation.setup import make_setup, policy_maker
 from cluster.simulation.simulation import Simulation
 from cluster.simulation.trace import load_trace
+from cluster.simulation.transfer import TransferSpeed
 from cluster.spec import ROLES
 from cluster.spec_file import parse_spec
 
@@ -36,6 +37,7 @@ BATON = "prefix_aware"
 BATON_SLO = "prefix_aware+slo"
 RULES = ("round_robin", "least_loaded", "prefix_only", "sglang", "dynamo", "mooncake", BATON, BATON_SLO)
 BOUND = "bound"
+LINK_LATENCY_S = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Case:
     num_decode: int
     kv_memory: str
     profile: str
+    bandwidth: float
     slo: Slo
     num_routers: int
     max_requests: int | None
@@ -73,6 +76,7 @@ def run(case: Case) -> dict[str, Any]:
         spec,
         dict.fromkeys(ROLES, profile),
         policy=policy_maker(spec, None if rule in (BATON, BOUND) else rule),
+        speed=TransferSpeed(case.bandwidth * 1e9, LINK_LATENCY_S),
         num_routers=case.num_routers,
     )
     trace = load_trace(case.trace, case.max_requests)
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=8)
     parser.add_argument("--kv-memory", default="100GiB", help="of each worker")
     parser.add_argument("--profile", default="h200-llama-3-8b")
+    parser.add_argument("--bandwidth", type=float, default=50.0, help="GB/s of each worker's link for KV")
     parser.add_argument("--ttft", type=float, default=2.0, help="limit in seconds")
     parser.add_argument("--tpot", type=float, default=0.05, help="limit in seconds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -227,7 +232,7 @@ def main() -> None:
     slo = Slo(args.ttft, args.tpot)
     case = Case(
         args.trace, BATON, args.seeds[0], args.rate_scale or 4.0, args.prefill, args.decode, args.kv_memory,
-        args.profile, slo, 1, args.max_requests,
+        args.profile, args.bandwidth, slo, 1, args.max_requests,
     )  # fmt: skip
     if args.rate_scale is None:
         case = replace(case, rate_scale=half_load(case, args.seeds, args.processes))

@@ -145,8 +145,11 @@ class RouterSpec(Section):
     policy: Literal["prefix_aware", "round_robin", "least_loaded"] = Field(
         "prefix_aware", description="how workers are chosen"
     )
-    local_prefill_max_tokens: int = Field(
-        64, ge=0, description="prompts with at most this many tokens to compute are prefilled by the decode worker"
+    local_prefill_max_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="the decode worker may prefill prompts with at most this many tokens to compute, where that is "
+        "cheaper than a handoff; null: its scheduler.max_batch_tokens",
     )
     slo: SloSpec = Field(
         SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429 at once"

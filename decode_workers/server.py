@@ -59,7 +59,7 @@ class DecodeServer:
             clock=clock,
         )
         intake = Intake(engine, self._start_pull, scheduler.max_num_seqs)
-        description = describe(identity, "decode", fingerprint, engine, scheduler.max_num_seqs)
+        description = describe(identity, "decode", fingerprint, engine, scheduler)
         clients = Clients(description, self._sessions.deliver, clock)
         self.loop = WorkerLoop(engine, clients, self._inbox, DecodeRole(engine, clients, intake, clock), clock)
         self.thread = LoopThread(self.loop)

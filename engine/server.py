@@ -11,6 +11,7 @@ import grpc
 from engine.auth import TokenInterceptor, check_bind
 from engine.engine import Engine
 from engine.loop import WorkerLoop
+from engine.scheduler import SchedulerConfig
 from engine.wire import CHANNEL_OPTIONS
 from protos import worker_pb2 as pb
 
@@ -62,7 +63,7 @@ def _join(host: str, port: int) -> str:
 
 
 def describe(
-    identity: WorkerIdentity, role: str, fingerprint: str, engine: Engine, max_num_seqs: int
+    identity: WorkerIdentity, role: str, fingerprint: str, engine: Engine, scheduler: SchedulerConfig
 ) -> pb.Description:
     """What a router learns of a worker when it attaches."""
     executor = engine.executor
@@ -74,7 +75,8 @@ def describe(
         block_size=executor.layout.block_size,
         num_blocks=engine.kv.num_blocks,
         max_model_len=engine.max_len,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_batch_tokens=scheduler.max_batch_tokens,
         vocab_size=executor.vocab_size,
         kv_bytes_per_token=executor.layout.block_bytes // executor.layout.block_size,
     )

@@ -52,7 +52,7 @@ class PrefillServer:
             on_released=lambda lease_id, block_ids: self._inbox.post(LeaseReleased(lease_id, block_ids)),
             clock=clock,
         )
-        description = describe(identity, "prefill", fingerprint, engine, scheduler.max_num_seqs)
+        description = describe(identity, "prefill", fingerprint, engine, scheduler)
         clients = Clients(description, self._sessions.deliver, clock)
         self.loop = WorkerLoop(engine, clients, self._inbox, PrefillRole(engine, clients, self._source), clock)
         self.thread = LoopThread(self.loop)

@@ -111,11 +111,11 @@ class LeastLoaded:
 class PrefixAware:
     """Least cost in seconds of all that a request causes: see docs/routing.md for the formula.
 
-    The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (0: never) and that
-    is cheaper, or when there is no prefill worker to pair it with.
+    The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (0: never; None: what
+    one of its steps computes) and that is cheaper, or when there is no prefill worker to pair it with.
     """
 
-    local_prefill_max_tokens: int = 64
+    local_prefill_max_tokens: int | None = None
     uses_hits: bool = True
 
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
@@ -161,7 +161,8 @@ class PrefixAware:
                 seconds = np.where(cost.first <= left, seconds, np.inf)
             for fingerprint in range(table.num_fingerprints):
                 routes.pair(fingerprint, seconds, cost, there, uncached_here, table)
-        local = ~routes.paired | (uncached_here <= self.local_prefill_max_tokens)
+        most = self.local_prefill_max_tokens
+        local = ~routes.paired | (uncached_here <= (pool.max_batch_tokens if most is None else most))
         if local.any():
             cost = prefill_cost(num_tokens, uncached_here, pool, PrefillLoad(0.0, 0.0))
             # Every sequence that decodes here stands still meanwhile.

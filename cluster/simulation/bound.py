@@ -3,20 +3,23 @@
 It relaxes everything but the work. All workers that may prefill are one machine that computes as many seconds of work
 each second as there are workers, may interrupt any prompt, and knows the future. Its cache has no end and is shared: a
 block of any earlier request is never computed again, whether or not that request was served. A prompt's work is what is
-left, at the least cost per token and per (query, key) pair of any step of the profile. Decoding costs nothing.
+left, at the least cost per token and per (query, key) pair of any step of the profile. Decoding costs nothing. Only for
+one thing the machine is taken for single workers: a prompt that takes one of them too long, alone and in steps as large
+as it computes, is not served in time.
 Requests it cannot serve in time are dropped, as few as possible: with the same patience for all, that number is exact
 for this machine (Kise, Ibaraki, Mine 1978: one machine, release times and due dates in the same order).
 
 So it bounds the goodput of every policy on these workers, and says nothing of time per token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.simulation.engine import StepSeconds
-from cluster.simulation.simulation import Setup
+from cluster.simulation.simulation import PoolSetup, Setup
 from cluster.simulation.trace import TRACE_BLOCK, Trace, arrivals
 from engine.step_model import StepWork, num_pairs
 from router.cluster_view import DECODE, PREFILL
@@ -39,10 +42,25 @@ def least_prefill_cost(seconds: StepSeconds, max_batch_tokens: int) -> PrefillCo
     return PrefillCost(min(own / size for size, own in zip(sizes, bare, strict=True)), max(0.0, min(read)))
 
 
-def prefill_work(trace: Trace, cost: PrefillCost) -> list[float]:
-    """Seconds of each prompt where everything that came before it is cached."""
+def prefill_work(uncached: Sequence[tuple[int, int]], cost: PrefillCost) -> list[float]:
+    """Seconds of each prompt, of which (tokens, after past ones) are to compute."""
+    return [cost.token_s * num_tokens + cost.pair_s * num_pairs(num_tokens, past) for num_tokens, past in uncached]
+
+
+def alone_seconds(num_tokens: int, past: int, pool: PoolSetup) -> float:
+    """Of a prompt that has a worker for itself."""
+    end, seconds = past + num_tokens, 0.0
+    while past < end:
+        size = min(pool.scheduler.max_batch_tokens, end - past)
+        seconds += pool.seconds(StepWork(size, num_pairs(size, past)))
+        past += size
+    return seconds
+
+
+def uncached_parts(trace: Trace) -> list[tuple[int, int]]:
+    """Tokens of each prompt to compute, and those before them, where everything that came before it is cached."""
     seen: set[int] = set()
-    works: list[float] = []
+    parts: list[tuple[int, int]] = []
     for request in trace.requests:
         num_tokens = request.num_prompt_tokens
         num_full = num_tokens // TRACE_BLOCK
@@ -55,13 +73,13 @@ def prefill_work(trace: Trace, cost: PrefillCost) -> list[float]:
         whole = shared == num_full < len(request.contents) and request.contents[num_full] in seen
         seen.update(request.contents)
         past = num_tokens - 1 if whole else min(shared * TRACE_BLOCK, num_tokens - 1)
-        works.append(cost.token_s * (num_tokens - past) + cost.pair_s * num_pairs(num_tokens - past, past))
-    return works
+        parts.append((num_tokens - past, past))
+    return parts
 
 
 def most_in_time(arrived: Sequence[float], works: Sequence[float], num_workers: int, patience_s: float) -> int:
     """How many of the requests, in order of arrival, one machine `num_workers` times as fast can end within
-    `patience_s` of their arrival. A prompt that a worker alone cannot compute in time is dropped first."""
+    `patience_s` of their arrival. One that takes longer than that is dropped first."""
     starts: list[float] = []  # of those kept since the machine was idle last, in order
     kept: list[tuple[float, float]] = []  # their arrival and length
     free_at, num_kept = 0.0, 0
@@ -101,6 +119,10 @@ def goodput_bound(
     pools = [pool for pool in setup.pools if pool.role in roles]
     costs = [least_prefill_cost(pool.seconds, pool.scheduler.max_batch_tokens) for pool in pools]
     cost = PrefillCost(min(each.token_s for each in costs), min(each.pair_s for each in costs))
-    works = prefill_work(trace, cost)
+    parts = uncached_parts(trace)
+    works = [
+        work if any(alone_seconds(*part, pool) <= ttft_s for pool in pools) else math.inf
+        for part, work in zip(parts, prefill_work(parts, cost), strict=True)
+    ]
     num_workers = sum(pool.num_workers for pool in pools)
     return most_in_time(arrivals(trace, seed, rate_scale), works, num_workers, ttft_s) / max(1, len(works))

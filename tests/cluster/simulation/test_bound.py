@@ -5,7 +5,14 @@ from random import Random
 
 import pytest
 
-from cluster.simulation.bound import goodput_bound, least_prefill_cost, most_in_time, prefill_work
+from cluster.simulation.bound import (
+    alone_seconds,
+    goodput_bound,
+    least_prefill_cost,
+    most_in_time,
+    prefill_work,
+    uncached_parts,
+)
 from cluster.simulation.report import Slo
 from cluster.simulation.simulation import Simulation
 from tests.cluster.simulation.small import MODEL, make_setup, request, trace_of
@@ -44,9 +51,21 @@ def test_the_least_cost_of_a_token_is_that_of_the_largest_step() -> None:
 
 def test_what_came_before_is_not_computed_again() -> None:
     cost = least_prefill_cost(MODEL.seconds, 1024)
-    first, second = prefill_work(trace_of(request(0, 0.0, 1100, 1, [1, 2]), request(1, 0.0, 1100, 1, [1, 2])), cost)
+    parts = uncached_parts(trace_of(request(0, 0.0, 1100, 1, [1, 2]), request(1, 0.0, 1100, 1, [1, 2])))
+    assert parts == [(1100, 0), (76, 1024)]
+    first, second = prefill_work(parts, cost)
     assert first == pytest.approx(1100 * cost.token_s)
     assert second == pytest.approx(76 * cost.token_s)
+
+
+def test_a_prompt_too_long_for_any_worker_is_not_served_in_time() -> None:
+    setup = make_setup(2, 0)
+    trace = trace_of(request(0, 0.0, 3000, 1, [1, 2, 3, 4, 5, 6]))
+    alone = alone_seconds(3000, 0, setup.pools[0])
+    least = least_prefill_cost(MODEL.seconds, setup.pools[0].scheduler.max_batch_tokens)
+    assert alone > prefill_work([(3000, 0)], least)[0]
+    assert goodput_bound(setup, trace, 0, 1.0, alone * 1.001) == 1.0
+    assert goodput_bound(setup, trace, 0, 1.0, alone * 0.999) == 0.0
 
 
 @pytest.mark.parametrize("ttft_s", [0.1, 0.2])

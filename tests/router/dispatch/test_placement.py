@@ -63,6 +63,7 @@ class Cluster:
             block_size=BLOCK,
             num_blocks=10_000,
             max_num_seqs=self.num_seqs,
+            max_batch_tokens=64,
         )
         self.states[worker_id] = self.placement.attach(worker_id, described, hashes)
 

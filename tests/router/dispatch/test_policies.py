@@ -33,6 +33,7 @@ def worker(
         block_size=16,
         num_blocks=1000,
         max_num_seqs=64,
+        max_batch_tokens=64,
     )
     state = WorkerState(worker_id, description, 1.5, set())
     state.report(
@@ -216,6 +217,7 @@ def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_pref
     assert pick(PrefixAware(), 928) == "p0"
     assert pick(PrefixAware(), 944, waiting=500) == "p0"
     assert pick(PrefixAware(local_prefill_max_tokens=0), 992) == "p0"
+    assert pick(PrefixAware(local_prefill_max_tokens=72), 928) is None  # more than one step of 64 tokens, if asked
 
 
 def test_a_burst_between_two_reports_spreads_over_the_workers():
