@@ -12,6 +12,7 @@ what it cannot serve in time; `bound` is what no rule can beat on TTFT alone (cl
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -101,19 +102,19 @@ def run_all(cases: Sequence[Case], processes: int) -> list[dict[str, Any]]:
     return reports
 
 
-def half_load(case: Case, seeds: Sequence[int], processes: int) -> float:
-    """The rate scale at which round robin's goodput is nearest to one half, within 2 %. Goodput falls with the rate."""
-    low, high = 0.0, case.rate_scale
+def half_load(case: Case) -> float:
+    """The rate scale at which round robin serves half of the requests in time, within 1 %: its goodput falls with the
+    rate."""
+    low, high, scale = 0.0, math.inf, case.rate_scale
     while True:
-        middle = (low + high) / 2 if low else high
-        cases = [replace(case, rule="round_robin", seed=seed, rate_scale=middle) for seed in seeds]
-        goodput = statistics.mean(report["goodput"] for report in run_all(cases, processes))
-        if abs(goodput - 0.5) <= 0.01 or (low and high / low < 1.005):
-            return middle
+        goodput = run_all([replace(case, rule="round_robin", rate_scale=scale)], 1)[0]["goodput"]
+        if abs(goodput - 0.5) <= 0.01 or high <= 1.005 * low:
+            return scale
         if goodput > 0.5:
-            low, high = middle, high if high > middle else 2 * middle
+            low = scale
         else:
-            low, high = low or middle / 4, middle
+            high = scale
+        scale = (low + high) / 2 if high < math.inf else 2 * low
 
 
 def compare(base: Case, rules: Sequence[str], seeds: Sequence[int], processes: int) -> list[dict[str, Any]]:
@@ -235,7 +236,7 @@ def main() -> None:
         args.profile, args.bandwidth, slo, 1, args.max_requests,
     )  # fmt: skip
     if args.rate_scale is None:
-        case = replace(case, rate_scale=half_load(case, args.seeds, args.processes))
+        case = replace(case, rate_scale=half_load(case))
     if args.replicas:
         found = replicas(case, args.replicas, args.seeds, args.processes)
     elif args.sizes:

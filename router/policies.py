@@ -7,7 +7,7 @@ A prefill worker is only ever paired with a decode worker of the same fingerprin
 Everything is computed for all workers of a pool at once: arrays are indexed by position in the pool.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -135,6 +135,11 @@ class PrefixAware:
             if facts.tpot_s is not None:
                 in_time &= decode.step <= facts.tpot_s
             if not in_time.any():
+                late = facts.ttft_s is not None and table.now - facts.arrived >= facts.ttft_s
+                if not late and _idle(
+                    table
+                ):  # nobody would wait for it, and what is believed of idle workers may be wrong
+                    return self.choose(replace(facts, ttft_s=None, tpot_s=None), hits, table)
                 return Reject("no worker can serve the request in time")
             able &= in_time
             has_room = bool(able.any())
@@ -226,6 +231,12 @@ class _Routes:
             prefill, reason = None, "local prefill is cheaper" if self.paired[decode] else "no prefill worker"
         predicted = (float(self.first[decode]), float(self.work[decode]), cost_s)
         return decision(prefill, decode, hits, table, reason, *predicted)
+
+
+def _idle(table: WorkerTable) -> bool:
+    """Whether somebody of each pool has nothing to do."""
+    prefill_idle = not len(table.prefill) or bool((table.prefill.wait_s == 0.0).any())
+    return prefill_idle and bool((table.decode.num_seqs == 0).any())
 
 
 def _load(table: WorkerTable) -> PrefillLoad:

@@ -41,6 +41,14 @@ def test_a_prompt_that_a_decode_worker_can_prefill_in_time_is_not_rejected():
     assert isinstance(outcome(table, num_tokens=500, ttft_s=0.6), Reject)
 
 
+@pytest.mark.parametrize("limits", [{"ttft_s": 0.5}, {"tpot_s": 0.001}])
+def test_idle_workers_refuse_nothing_so_a_wrong_model_cannot_refuse_for_ever(limits):
+    for model in (MODEL, None):
+        assert outcome(view(worker("p0", model=model), worker("d0", model=model)), **limits).prefill == "p0"
+    busy = [worker("p0", queue_s=1.0), worker("d0", num_seqs=1), worker("d1", num_seqs=1)]
+    assert isinstance(outcome(view(*busy), **limits), Reject)
+
+
 def test_a_request_that_would_make_every_decode_worker_too_slow_is_rejected():
     table = view(worker("p0"), worker("d0", num_seqs=60), worker("d1", num_seqs=50))
     table.demand.mean_output = 1e9  # nobody ends before the prefill does
