@@ -172,7 +172,8 @@ class Front:
             deadline=received + self._config.request_timeout_s,
             tenant=tenant,
             timeline=self._config.show_timeline and exchange.headers.get(b"x-baton-timeline") == b"1",
-            hints=RouteHints(_name(exchange, b"x-session-id"), _name(exchange, b"x-tenant-id") or tenant),
+            # Names are a key's own: no client takes the turns or the session of another key's.
+            hints=RouteHints(_name(exchange, b"x-session-id"), tenant + _name(exchange, b"x-tenant-id")),
         )
 
     async def _read(self, exchange: Exchange) -> bytes:
