@@ -2,8 +2,9 @@
 
 The load is the one at which round robin serves half of the requests in time, found by bisection. Every rule gets the
 same workers, reports, index and decode-first admission (cluster/simulation/baselines.py), and the same arrivals, drawn
-anew for each seed. `prefix_aware+slo` is Baton's own policy when it is told the limits (router.slo), so that it refuses
-what it cannot serve in time; `bound` is what no rule can beat on TTFT alone (cluster/simulation/bound.py).
+anew for each seed. `prefix_aware` is Baton's own policy; `-local` does without local prefill, `+slo` is told the limits
+(router.slo), so that it refuses what it cannot serve in time; `bound` is what no rule can beat on TTFT alone
+(cluster/simulation/bound.py).
 
     python -m benchmarks.routing --trace conversation_trace.jsonl
     python -m benchmarks.routing --trace conversation_trace.jsonl --replicas 1 2 4 8
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +28,7 @@ from rich.table import Table
 from baton.step_profiles import load_profile
 from cluster.simulation.bound import goodput_bound
 from cluster.simulation.report import Slo, make_report
-from cluster.simulation.setup import make_setup, policy_maker
+from cluster.simulation.setup import BASELINES, make_setup, policy_maker
 from cluster.simulation.simulation import Simulation
 from cluster.simulation.trace import load_trace
 from cluster.simulation.transfer import TransferSpeed
@@ -36,9 +37,11 @@ from cluster.spec_file import parse_spec
 
 BATON = "prefix_aware"
 BATON_SLO = "prefix_aware+slo"
-RULES = ("round_robin", "least_loaded", "prefix_only", "sglang", "dynamo", "mooncake", BATON, BATON_SLO)
+BATON_NO_LOCAL = "prefix_aware-local"
+RULES = ("round_robin", "least_loaded", "prefix_only", "sglang", "dynamo", "mooncake", BATON_NO_LOCAL, BATON, BATON_SLO)
 BOUND = "bound"
 LINK_LATENCY_S = 0.0002
+COLUMNS = ("goodput", "seeds", "TTFT p50", "p90", "p99 s", "TPOT p50", "p99 ms", "hits", "refused", "retried")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ def run(case: Case) -> dict[str, Any]:
     router: dict[str, Any] = {"policy": BATON}
     if case.rule == BATON_SLO:
         router["slo"] = {"ttft_s": case.slo.ttft_s, "tpot_s": case.slo.tpot_s}
+    if case.rule == BATON_NO_LOCAL:
+        router["local_prefill_max_tokens"] = 0
     spec = parse_spec(
         {
             "model": case.profile,
@@ -71,17 +76,16 @@ def run(case: Case) -> dict[str, Any]:
             "router": router,
         }
     )
-    rule = case.rule.removesuffix("+slo")
     profile = load_profile(case.profile)
     setup = make_setup(
         spec,
         dict.fromkeys(ROLES, profile),
-        policy=policy_maker(spec, None if rule in (BATON, BOUND) else rule),
+        policy=policy_maker(spec, case.rule if case.rule in (*BASELINES, "round_robin", "least_loaded") else None),
         speed=TransferSpeed(case.bandwidth * 1e9, LINK_LATENCY_S),
         num_routers=case.num_routers,
     )
     trace = load_trace(case.trace, case.max_requests)
-    if rule == BOUND:
+    if case.rule == BOUND:
         return {"goodput": goodput_bound(setup, trace, case.seed, case.rate_scale, case.slo.ttft_s)}
     simulation = Simulation(setup, trace, seed=case.seed, rate_scale=case.rate_scale)
     result = simulation.run()
@@ -123,25 +127,19 @@ def compare(base: Case, rules: Sequence[str], seeds: Sequence[int], processes: i
     table = Table(
         title=f"{base.trace.stem} x {base.rate_scale:.2f}, {base.num_prefill} prefill, {base.num_decode} decode workers"
     )
-    for heading in (
-        "rule",
-        "goodput",
-        "seeds",
-        "TTFT p50",
-        "p90",
-        "p99 s",
-        "TPOT p50",
-        "p99 ms",
-        "hits",
-        "refused",
-        "retried",
-    ):
-        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
+    add_columns(table, "rule", "left")
     for rule in (*rules, BOUND):
         mine = [report for case, report in zip(cases, reports, strict=True) if case.rule == rule]
         table.add_row(rule, *row(mine))
     Console(width=140).print(table)
     return [{"rule": case.rule, "seed": case.seed} | report for case, report in zip(cases, reports, strict=True)]
+
+
+def add_columns(table: Table, first: str, justify: Literal["left", "right"]) -> None:
+    """For `row`, and a first one."""
+    table.add_column(first, justify=justify, no_wrap=True)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
 
 
 def row(reports: Sequence[dict[str, Any]]) -> Iterable[str]:
@@ -168,20 +166,7 @@ def replicas(base: Case, counts: Sequence[int], seeds: Sequence[int], processes:
     cases = [replace(base, num_routers=count, rule=BATON, seed=seed) for count in counts for seed in seeds]
     reports = run_all(cases, processes)
     table = Table(title=f"{base.trace.stem} x {base.rate_scale:.2f}: router replicas that do not talk to each other")
-    for heading in (
-        "replicas",
-        "goodput",
-        "seeds",
-        "TTFT p50",
-        "p90",
-        "p99 s",
-        "TPOT p50",
-        "p99 ms",
-        "hits",
-        "refused",
-        "retried",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+    add_columns(table, "replicas", "right")
     for count in counts:
         mine = [report for case, report in zip(cases, reports, strict=True) if case.num_routers == count]
         table.add_row(str(count), *row(mine))

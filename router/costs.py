@@ -11,6 +11,7 @@ from router.worker_table import Bools, Floats, Ints, Pool
 
 # How far a queue is taken to be from never emptying, at least; else one second of work would seem to delay all others.
 _MIN_SLACK = 0.1
+_MIN_FREE = 0.05  # of a decode worker's memory, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class PrefillCost:
 @dataclass(frozen=True, slots=True)
 class DecodeCost:
     """`step` is what a step takes with the newcomer once prefill has ended; `total` counts its own tokens, what it
-    adds to the others, and the wait for memory."""
+    adds to the others, and the wait for memory, its own and that of others."""
 
     step: Floats
     total: Floats
@@ -68,6 +69,10 @@ def decode_cost(
     growth = pool.newcomer_s + pool.kv_token_s * (num_tokens + 0.5 * output)
     step: Floats = pool.base_s + pool.newcomer_s * num_seqs + pool.kv_token_s * tokens + growth
     total: Floats = output * step + num_seqs * growth * mean_output
+    # The fuller the memory, the more of those who come wait for it, while this request holds its part.
+    part = needed / np.maximum(1.0, pool.num_blocks)
+    free = pool.num_free_blocks / np.maximum(1.0, pool.num_blocks)
+    total += part * output * step * pool.num_seqs * (1.0 - free) / np.maximum(_MIN_FREE, free - part)
     missing = needed * pool.block_size - (pool.num_tokens - tokens)
     short: Bools = missing > 0.0
     if short.any():  # memory comes back as answers end

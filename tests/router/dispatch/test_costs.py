@@ -79,7 +79,23 @@ def test_memory_that_is_not_free_by_then_is_waited_for():
     fits = decode_cost(1000, 100, np.array([375.0]), pool, 0.0, 100.0)
     lacks = decode_cost(1000, 100, np.array([475.0]), pool, 0.0, 100.0)
     freed_per_s = 20 * 500 / (100 * fits.step[0])
-    assert lacks.total[0] - fits.total[0] == pytest.approx(1600 / freed_per_s, rel=1e-5)
+    others = 0.1 * 100 * fits.step[0] * 20 * 0.625 / 0.05  # a tenth more of the memory, of which nothing is left
+    assert lacks.total[0] - fits.total[0] == pytest.approx(1600 / freed_per_s + others, rel=1e-5)
+
+
+def test_memory_costs_others_the_more_the_fuller_it_is():
+    """1,000 blocks, of which the request takes 100 for 100 steps."""
+
+    def others(num_free_blocks: int, num_seqs: int = 10) -> float:
+        pool = view(worker("d0", num_seqs=num_seqs, num_free_blocks=num_free_blocks)).decode
+        free, taken = (decode_cost(1000, 100, np.array([each]), pool, 0.0, 100.0) for each in (0.0, 100.0))
+        assert free.step == taken.step
+        return float((taken.total - free.total)[0] / (0.1 * 100 * free.step[0]))
+
+    assert others(1000) == 0.0  # nothing is taken: nobody waits
+    assert others(600) == pytest.approx(10 * 0.4 / 0.5, rel=1e-5)
+    assert others(200) == pytest.approx(10 * 0.8 / 0.1, rel=1e-5)
+    assert others(110, num_seqs=1) == pytest.approx(0.89 / 0.05, rel=1e-5)  # bounded
 
 
 def test_requests_go_where_memory_will_be():
