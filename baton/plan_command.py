@@ -18,6 +18,7 @@ from baton.simulate_command import (
     SloText,
     SpecFile,
     TraceFile,
+    need_writable,
     parse_slo,
     read_trace,
     transfer_speed,
@@ -64,10 +65,13 @@ def plan_command(
     """
     if not 0 < attainment < 1:
         raise SpecError([f"--attainment: {attainment:g} is not allowed; allowed: between 0 and 1"])
+    need_writable("--json", json_file)
     from cluster.simulation.plan import Planner
     from cluster.simulation.setup import make_setup, policy_maker
 
     loaded, requests, limits = load_spec(spec), read_trace(trace, max_requests), parse_slo(slo)
+    if len(requests.requests) < 2:
+        raise SpecError([f"--trace: {trace} holds one request, which has no rate; allowed: at least two"])
     profiles = _profiles(loaded, profile)
     policy = policy_maker(loaded, None)
 

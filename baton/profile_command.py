@@ -34,8 +34,9 @@ def profile_command(
     """
     if role not in get_args(Role):
         raise typer.BadParameter(f"{role!r} is none of {', '.join(get_args(Role))}", param_hint="--role")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"there is no directory {out.parent}", param_hint="--out")
+    if out.is_dir() or not out.parent.is_dir():
+        problem = f"{out} is a directory" if out.is_dir() else f"there is no directory {out.parent}"
+        raise typer.BadParameter(problem, param_hint="--out")
     from baton.compose import found_pool
 
     console = Console(stderr=True, highlight=False)

@@ -5,6 +5,8 @@ the model are replaced by their measured durations, and time is virtual.
 """
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,8 +91,10 @@ def simulate_command(
     The pools, limits, policy and KV memory are the spec's; how long a step takes is measured (`baton profile`). Goodput
     is the share of all requests that keep both limits of --slo; requests refused are misses.
     """
-    if rate_scale <= 0:
+    if not 0 < rate_scale < math.inf:
         raise SpecError([f"--rate-scale: {rate_scale:g} is not allowed; allowed: above 0"])
+    need_writable("--json", json_file)
+    need_writable("--plot", plot)
     if plot is not None:
         need_matplotlib()
     from cluster.simulation.report import make_report
@@ -135,6 +139,12 @@ def simulate_command(
         save_plot(plot, result, report)
 
 
+def need_writable(option: str, path: Path | None) -> None:
+    """Before the work rather than after it. Raises SpecError."""
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise SpecError([f"{option}: {path} cannot be written; allowed: a file in a directory that is there"])
+
+
 def need_matplotlib() -> None:
     from importlib.util import find_spec
 
@@ -163,7 +173,7 @@ def transfer_speed(profile: "StepProfile", bandwidth: float | None) -> "Transfer
 
     if bandwidth is None:
         return None
-    if bandwidth <= 0:
+    if not 0 < bandwidth < math.inf:
         raise SpecError([f"--bandwidth: {bandwidth:g} is not allowed; allowed: above 0"])
     transfer = profile.measured.transfer
     return TransferSpeed(bandwidth * 1e9, transfer.latency_s if transfer else 0.0)
@@ -180,7 +190,7 @@ def parse_slo(text: str) -> "Slo":
             values[name.strip()] = float(value)
         except ValueError:
             values[name.strip()] = 0.0
-    if set(values) != {"ttft", "tpot"} or min(values.values()) <= 0:
+    if set(values) != {"ttft", "tpot"} or not all(value > 0 for value in values.values()):
         raise SpecError([f"--slo: {text!r} is not allowed; allowed: both in seconds, such as ttft=2,tpot=0.05"])
     return Slo(values["ttft"], values["tpot"])
 

@@ -47,16 +47,23 @@ class Admission(Generic[T]):
     def waiting(self) -> list[T]:
         return list(self._waiting)
 
-    def add(self, entry: T, priority: int, tenant: str = "", cost: int = 0) -> None:
-        """`cost` in prompt tokens, for the tenant's share."""
+    def waits(self, entry: T) -> bool:
+        return entry in self._waiting
+
+    def add(self, entry: T, priority: int, tenant: str = "", cost: int = 1) -> None:
+        """`cost` in prompt tokens, at least 1, for the tenant's share."""
         self._push(priority, Place(entry, tenant, next(self._arrivals), cost))
 
-    def refuse_excess(self, entry: T) -> bool:
-        """Release `entry`, the newest, when it still waits and more wait than may; whether it was so."""
-        excess = entry in self._waiting and len(self._waiting) > self._config.max_queue
-        if excess:
-            self.release(entry)
-        return excess
+    def refuse_excess(self) -> T | None:
+        """Release and return one that waits, when more wait than may: of the last priority, of the tenant with the
+        most waiting, the newest. So nobody keeps others out by filling the queue."""
+        if len(self._waiting) > self._config.max_queue:
+            for priority in sorted(self._queues, reverse=True):
+                place = self._queues[priority].last()
+                if place is not None:
+                    self.release(place.entry)
+                    return place.entry
+        return None
 
     def head(self) -> T | None:
         """The entry to dispatch next; None when nobody waits or as many run as may."""
@@ -73,7 +80,7 @@ class Admission(Generic[T]):
         return place.entry
 
     def put_back(self, entry: T) -> None:
-        """A running entry waits again, where it stood; its tenant has been charged."""
+        """A running entry waits again, where it stood; its tenant has been charged, and it is not refused."""
         priority, place = self._running.pop(entry)
         self._push(priority, replace(place, cost=0))
 

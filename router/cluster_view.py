@@ -6,6 +6,7 @@ reports would go to the same worker. A change only marks the state as dirty: its
 needs it, for reports come far more often than decisions.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ class WorkerState:
         """Heartbeats of one long step say the same again and count no request that came meanwhile."""
         new_turn = load.turn != self.load.turn
         self.load = load
-        if load.HasField("model"):
+        if load.HasField("model") and _can_be(load.model):
             self.model = load.model
         self._dirty.add(self)
         if self._pending and new_turn:
@@ -126,3 +127,9 @@ class WorkerState:
             waiting_pairs,
             len(pending),
         )
+
+
+def _can_be(model: pb.StepModel) -> bool:
+    """One coefficient that is no number would make every cost of the pool none."""
+    coefficients = (model.base_s, model.prefill_token_s, model.pair_s, model.decode_s, model.kv_token_s)
+    return min(coefficients) >= 0.0 and math.isfinite(sum(coefficients))

@@ -80,7 +80,8 @@ class Exchange:
 
     def write_events(self, events: bytes) -> bool:
         """Send server-sent events, beginning a stream of them. False: wait for `flush` before the next ones."""
-        if self._unsent or not self._streaming or self._write_chunk is None:
+        # A flush under way holds earlier events until the client has made room.
+        if self._unsent or self._flushing.locked() or not self._streaming or self._write_chunk is None:
             self._unsent += events
             return False
         return not events or self._write_chunk(events)

@@ -76,6 +76,11 @@ class FairQueue(Generic[T]):
             turns.rotate(-1)
             self._lines[turns[0]].allowance += QUANTUM
 
+    def last(self) -> Place[T] | None:
+        """The newest of the tenant with the most waiting; None when all have been paid for, that is dispatched once."""
+        lines = sorted(self._lines.values(), key=lambda line: (len(line.live), next(reversed(line.live))), reverse=True)
+        return next((place for line in lines for place in reversed(line.live.values()) if place.cost), None)
+
     def take(self) -> Place[T]:
         """Remove the head and charge its tenant."""
         place = self.head()

@@ -91,7 +91,7 @@ class Placement(Generic[C]):
         self._slots: dict[str, int] = {}  # in the index, by worker id
         self._states: dict[str, WorkerState] = {}
         self._table = WorkerTable()
-        self._fresh: list[C] = []  # added since the last pump: who is refused when too many wait
+        self._fresh: list[C] = []  # added since the last pump: as many are refused at most
         self._affinity = Affinity()
         self._sessions: dict[C, tuple[str, str]] = {}  # of candidates that were placed
 
@@ -152,10 +152,10 @@ class Placement(Generic[C]):
         if not self._queue.release(candidate):
             return
         session = self._sessions.pop(candidate, None)
+        if session is not None:
+            self._affinity.ended(session, num_output_tokens or 0, self._clock())
         if num_output_tokens is not None:
             self._table.demand.ended(num_output_tokens)
-            if session is not None:
-                self._affinity.ended(session, num_output_tokens, self._clock())
 
     def pump(self) -> Iterator[Placed[C] | Refused[C]]:
         """All that can be decided now: first come first, until one finds no room. Reserve before taking the next."""
@@ -165,9 +165,11 @@ class Placement(Generic[C]):
                 break
             yield outcome
         fresh, self._fresh = self._fresh, []
-        for candidate in reversed(fresh):
-            if self._queue.refuse_excess(candidate):
-                yield Refused(candidate, "too many requests are waiting", self._queue.retry_after())
+        for _ in range(sum(map(self._queue.waits, fresh))):  # those put back push nobody out
+            refused = self._queue.refuse_excess()
+            if refused is None:
+                break
+            yield Refused(refused, "too many requests are waiting", self._queue.retry_after())
 
     def _decide(self, candidate: C) -> Placed[C] | Refused[C] | None:
         table = self._table

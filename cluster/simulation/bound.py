@@ -5,7 +5,7 @@ each second as there are workers, may interrupt any prompt, and knows the future
 block of any earlier request is never computed again, whether or not that request was served. A prompt's work is what is
 left, at the least cost per token and per (query, key) pair of any step of the profile. Decoding costs nothing. Only for
 one thing the machine is taken for single workers: a prompt that takes one of them too long, alone and in steps as large
-as it computes, is not served in time.
+as it computes, is not served in time (other steps may be shorter by 0.3 %, where a profile says so).
 Requests it cannot serve in time are dropped, as few as possible: with the same patience for all, that number is exact
 for this machine (Kise, Ibaraki, Mine 1978: one machine, release times and due dates in the same order).
 

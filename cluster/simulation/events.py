@@ -16,6 +16,11 @@ class Events:
         self._order = count()
         self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to happen."""
+        return not self._heap
+
     def clock(self) -> float:
         """Seconds since the simulation's begin, for objects that take a clock."""
         return self.now

@@ -223,8 +223,7 @@ class SimulatedRouter:
         if said.finished:
             outcome.finished = now
             self._close(flight)
-            self._placement.release(flight, outcome.num_output_tokens)
-            self._done(flight)
+            self._over(flight, outcome.num_output_tokens)
             return
         if said.offer is not None:
             self._hand_over(flight, said.offer)
@@ -261,11 +260,16 @@ class SimulatedRouter:
         self._close(flight)
         if flight.num_fruitless >= MAX_FRUITLESS:
             flight.outcome.refused = "attempts failed"
-            self._placement.release(flight)
-            self._done(flight)
+            self._over(flight)
             return
         self._placement.put_back(flight)
         self._pump()
+
+    def _over(self, flight: SimulatedFlight, num_output_tokens: int | None = None) -> None:
+        self._placement.release(flight, num_output_tokens)
+        self._done(flight)
+        if self._placement.num_waiting:  # also where a prefill worker ended it: its place on a decode worker is free
+            self._pump()
 
     def _close(self, flight: SimulatedFlight) -> None:
         self._close_leg(flight.prefill, flight.prefill_client)

@@ -179,7 +179,7 @@ class Simulation:
                 sum(each.engine.num_sequences for each in workers if each.role == DECODE),
             )
         )
-        if self._num_over < len(self._times):
+        if self._num_over < len(self._times) and not self._events.idle:
             self._events.after(interval, self._sample, interval)
 
     def _add_worker(self, pool: PoolSetup, index: int) -> pb.Description:

@@ -10,17 +10,20 @@ later request that shares all full blocks of a prompt and is at least as long as
 """
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 TRACE_BLOCK = 512  # tokens a hash id stands for
 WINDOW_S = 3.0  # Mooncake's clock ticks so; arrivals are drawn anew within windows of this length
+MAX_TOKENS = 1 << 30  # of a prompt or an answer
+MAX_ID = (1 << 48) - 1  # names of blocks are made of ids in 64 bits
 _SCRAMBLE = 0x9E3779B97F4A7C15  # odd, so multiplication modulo 2**64 keeps names apart
 
 
@@ -93,7 +96,7 @@ def arrivals(trace: Trace, seed: int, rate_scale: float = 1.0) -> list[float]:
 
 def load_trace(path: Path, max_requests: int | None = None) -> Trace:
     """Raises TraceError and OSError."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         rows = _azure_rows(file) if path.suffix == ".csv" else _mooncake_rows(file)
         found: list[_Row] = []
         for row in rows:
@@ -101,7 +104,7 @@ def load_trace(path: Path, max_requests: int | None = None) -> Trace:
                 break
             found.append(row)
     if not found:
-        raise TraceError(f"{path}: holds no request")
+        raise TraceError("holds no request")
     found.sort(key=lambda row: row.seconds)
     return Trace(path.stem, _with_answers(found))
 
@@ -118,15 +121,22 @@ class _Row:
         return self.num_prompt_tokens + self.num_output_tokens
 
 
+class _MooncakeLine(msgspec.Struct):
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    input_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+    output_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+    hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]]
+
+
 def _mooncake_rows(lines: Iterator[str]) -> Iterator[_Row]:
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            data = json.loads(line)
-            row = _Row(data["timestamp"] / 1000, data["input_length"], data["output_length"], data["hash_ids"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise TraceError(f"line {number}: {type(error).__name__}: {error}") from None
-        if row.num_prompt_tokens < 1 or row.num_output_tokens < 1:
-            raise TraceError(f"line {number}: input_length and output_length must be at least 1")
+            data = msgspec.json.decode(line, type=_MooncakeLine)
+        except msgspec.MsgspecError as error:
+            raise TraceError(f"line {number}: {error}") from None
+        row = _Row(data.timestamp / 1000, data.input_length, data.output_length, data.hash_ids)
         if len(row.ids) != -(-row.num_prompt_tokens // TRACE_BLOCK):
             raise TraceError(
                 f"line {number}: hash_ids: {len(row.ids)} for {row.num_prompt_tokens} tokens in blocks of 512"

@@ -86,8 +86,13 @@ def test_plan_prints_every_candidate_and_a_verdict(
     [
         (["--slo", "ttft=2"], "--slo: 'ttft=2' is not allowed; allowed: both in seconds"),
         (["--policy", "best"], "--policy: 'best' is not known; allowed: prefix_aware, round_robin"),
+        (["--slo", "ttft=nan,tpot=1"], "--slo: 'ttft=nan,tpot=1' is not allowed"),
         (["--rate-scale", "0"], "--rate-scale: 0 is not allowed"),
+        (["--rate-scale", "nan"], "--rate-scale: nan is not allowed"),
         (["--bandwidth", "-1"], "--bandwidth: -1 is not allowed"),
+        (["--bandwidth", "nan"], "--bandwidth: nan is not allowed"),
+        (["--json", "nowhere/out.json"], "--json: nowhere/out.json cannot be written"),
+        (["--plot", "/"], "--plot: / cannot be written"),
         (["--block-size", "48"], "--block-size: 48 is not allowed"),
         (["--profile", "nowhere"], "profile: 'nowhere' is no file"),
     ],
@@ -104,6 +109,14 @@ def test_a_wrong_option_is_named(
     assert message in capsys.readouterr().err
 
 
+def test_one_request_cannot_be_planned_for(
+    spec_file: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("plan", spec_file, "--trace", trace_file, "--gpus", 2, "--max-requests", 1)
+    assert baton(monkeypatch, *args) == 2
+    assert "holds one request" in capsys.readouterr().err
+
+
 def test_a_spec_without_kv_memory_and_a_bad_trace_are_named(
     tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,4 +126,4 @@ def test_a_spec_without_kv_memory_and_a_bad_trace_are_named(
     assert "kv_cache.memory: must be set" in capsys.readouterr().err
     trace_file.write_text("{}\n")
     assert baton(monkeypatch, "simulate", spec, "--trace", trace_file) == 2
-    assert "line 1: KeyError: 'timestamp'" in capsys.readouterr().err
+    assert "line 1: Object missing required field `timestamp`" in capsys.readouterr().err

@@ -174,3 +174,23 @@ def test_a_router_that_knows_the_limits_refuses_what_would_miss_them() -> None:
     assert all(each.number >= 12 and each.first_token is None for each in refused)
     assert all(each.ttft is not None and each.ttft <= 0.5 for each in outcomes if not each.refused)
     assert not any(each.refused for each in run(make_setup(num_blocks=256), trace).outcomes)
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_an_answer_that_ends_on_the_prefill_worker_lets_the_next_one_go() -> None:
+    trace = trace_of(request(0, 0.0, 100, 1), request(1, 0.001, 100, 1), request(2, 0.002, 100, 1))
+    setup = make_setup(1, 1, max_num_seqs=1, policy=RoundRobin)
+    outcomes = Simulation(setup, trace).run().outcomes
+    assert all(each.finished is not None for each in outcomes)
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_a_simulation_in_which_nothing_happens_any_more_says_so() -> None:
+    class Never:
+        uses_hits = False
+
+        def choose(self, *_: object) -> None:
+            return None
+
+    with pytest.raises(AssertionError, match="nothing happens any more"):
+        Simulation(make_setup(policy=Never), trace_of(request(0))).run()

@@ -65,16 +65,28 @@ def test_arrivals_stay_in_their_window_and_order_and_differ_by_seed() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{}", "line 1: KeyError: 'timestamp'"),
-        ("no", "line 1: JSONDecodeError"),
-        ('{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": []}', "at least 1"),
+        ("{}", "line 1: Object missing required field `timestamp`"),
+        ("no", "line 1: (JSON is malformed|Input data was truncated)"),
+        ("\xfe\xff", "line 1: (JSON is malformed|Input data was truncated)"),
+        (
+            '{"timestamp": NaN, "input_length": 1, "output_length": 1, "hash_ids": [1]}',
+            "line 1: (JSON is malformed|Input data was truncated)",
+        ),
+        ('{"timestamp": 1e999, "input_length": 1, "output_length": 1, "hash_ids": [1]}', "line 1: Number out of range"),
+        ('{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": []}', ">= 1.*input_length"),
+        ('{"timestamp": 0, "input_length": "6", "output_length": 1, "hash_ids": [1]}', "got `str`.*input_length"),
+        ('{"timestamp": 0, "input_length": 6.5, "output_length": 1, "hash_ids": [1]}', "got `float`.*input_length"),
+        ('{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": null}', "got `null`.*hash_ids"),
+        ('{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [-1]}', ">= 0.*hash_ids"),
+        ('{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [9e20]}', "line 1: .*hash_ids"),
         ('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "hash_ids: 1 for 600 tokens"),
-        ("", "holds no request|JSONDecodeError"),
+        ("", "holds no request"),
+        ("\n\n", "holds no request"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused_with_the_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(line)
+    path.write_text(line, encoding="latin-1")
     with pytest.raises(TraceError, match=message):
         load_trace(path)
 

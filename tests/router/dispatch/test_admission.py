@@ -26,11 +26,38 @@ def test_priority_then_arrival_and_a_retry_keeps_its_place():
 def test_the_newest_is_refused_when_more_wait_than_may():
     queue = Admission(AdmissionConfig(max_queue=1), Clock())
     queue.add("a", 0)
-    assert not queue.refuse_excess("a")
-    queue.add("b", -1)
-    assert queue.refuse_excess("b")
+    assert queue.refuse_excess() is None
+    queue.add("b", 0)
+    assert queue.refuse_excess() == "b"
     assert queue.waiting() == ["a"]
     assert queue.head() == "a"
+
+
+def test_filling_the_queue_keeps_nobody_out():
+    queue = Admission(AdmissionConfig(max_queue=3), Clock())
+    for number in range(3):
+        queue.add(f"flood {number}", 0, "flood")
+    queue.add("late", 0, "late")
+    assert queue.refuse_excess() == "flood 2"
+    queue.add("later", 0, "later")
+    assert queue.refuse_excess() == "flood 1"
+    queue.add("latest", 0, "latest")
+    assert queue.refuse_excess() == "latest"
+    queue.add("urgent", -1, "flood")
+    assert queue.refuse_excess() == "later"
+
+
+def test_what_was_dispatched_once_is_not_refused():
+    queue = Admission(AdmissionConfig(max_queue=1), Clock())
+    for entry in "abc":
+        queue.add(entry, 0)
+        queue.take()
+    for entry in "bca":
+        queue.put_back(entry)
+    assert queue.refuse_excess() is None
+    queue.add("d", 0)
+    assert queue.refuse_excess() == "d"
+    assert queue.refuse_excess() is None
 
 
 def test_as_many_run_as_may():

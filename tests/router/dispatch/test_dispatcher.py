@@ -138,12 +138,24 @@ async def test_a_full_queue_refuses_and_room_serves_the_most_urgent_first():
         running = it.start(max_tokens=1)
         late, urgent = it.start(max_tokens=1, priority=5), it.start(max_tokens=2, priority=-5)
         with pytest.raises(Overloaded) as caught:
-            it.start()
+            it.start(priority=6)
         assert caught.value.retry_after >= 1
         assert not caught.value.unavailable
         gate.opened.set()
         assert [len(await collect(each)) for each in (running, late, urgent)] == [1, 1, 2]
         assert [submit.params.max_tokens for submit in it["d0"].submits] == [1, 2, 1]
+        await it.until_quiet()
+
+
+async def test_a_full_queue_refuses_what_waits_for_one_that_is_more_urgent():
+    async with cluster(0, 1, admission=AdmissionConfig(max_queue=1, max_running=1)) as it:
+        gate = it["d0"].hooks["token"] = Gate()
+        running, late = it.start(max_tokens=1), it.start(max_tokens=1, priority=5)
+        urgent = it.start(max_tokens=2)
+        with pytest.raises(Overloaded):
+            await collect(late)
+        gate.opened.set()
+        assert [len(await collect(each)) for each in (running, urgent)] == [1, 2]
         await it.until_quiet()
 
 

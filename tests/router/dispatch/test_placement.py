@@ -1,5 +1,6 @@
 """Placement driven as the dispatcher and the simulator drive it, with workers that are a few numbers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -283,3 +284,33 @@ def test_sequences_of_other_routers_count_in_what_the_pool_is_asked():
         return it.place(1600).decision.cost_s - it.place(1600, hashes=()).decision.ttft_s
 
     assert cost(60) > cost(20)
+
+
+@pytest.mark.parametrize("facts", [{"tenant": "late"}, {"priority": -1}])
+def test_a_full_queue_refuses_one_of_those_that_filled_it(facts):
+    it = Cluster(["p0"], PlacementConfig(AdmissionConfig(max_queue=3)))
+    flood = [it.add(tenant="flood") for _ in range(3)]
+    assert it.pump() == []
+    it.add(**facts)
+    (refused,) = it.pump()
+    assert isinstance(refused, Refused)
+    assert refused.candidate is flood[-1]
+
+
+def test_a_turn_that_ended_without_an_answer_is_not_taken_for_cached_for_ever():
+    it = Cluster(["p0", "d0"])
+    first = it.place(1600, chain(1, 1600), session="s")
+    it.placement.release(first.candidate)
+    it.clock.now += 10.0
+    assert it.place(1600, chain(1, 1600), session="s").decision.hit_tokens == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_model_that_cannot_be_is_not_believed(value):
+    it = Cluster(["p0", "d0"])
+    for number, field_name in enumerate(StepModel.__slots__):
+        model = model_to_pb(MODEL)
+        setattr(model, field_name, value)
+        for worker_id in it.ids:
+            it.states[worker_id].report(pb.Load(num_free_blocks=10_000, model=model, turn=100 + number))
+        assert it.place().decision.cost_s > 0.0
