@@ -141,10 +141,13 @@ class FlashInferAttention:
         with ThreadPoolExecutor(len(keys)) as pool:
             list(pool.map(lambda key: get_batch_prefill_module(*key), keys))
 
-    def rotate_and_store(self, layer: AttentionLayer, heads: Tensor, rotation: Rotation, slots: Tensor) -> None:
+    def rotate_and_store(
+        self, layer: AttentionLayer, heads: Tensor, rotation: Rotation, slots: Tensor, out: Tensor | None = None
+    ) -> None:
+        """As the kernel of that name."""
         scales = self.k_scales[layer.index], self.v_scales[layer.index]
-        kv_layer = self.kv[:, layer.index]
-        rotate_and_store(heads, rotation.cos, rotation.sin, kv_layer, slots, self.num_heads, self.num_kv_heads, *scales)
+        pool, num_heads = self.kv[:, layer.index], (self.num_heads, self.num_kv_heads)
+        rotate_and_store(heads, rotation.cos, rotation.sin, pool, slots, *num_heads, *scales, out)
 
     def module(self, kernel: Kernel, layer: AttentionLayer) -> Any:
         return get_batch_prefill_module(*self._module_key(kernel, layer))
@@ -357,18 +360,23 @@ class FlashInferStep:
             self.on_layer_written(layer.index)
 
     def attend(self, layer: AttentionLayer, queries: Tensor) -> Tensor:
-        heads = self.heads
-        if self.rows is not None:
-            queries, heads = queries[self.rows], heads[self.rows]
         out = queries.new_empty(queries.shape)
+        self.attend_into(layer, self.heads, out)
+        return out.flatten(1)
+
+    def attend_into(self, layer: AttentionLayer, heads: Tensor, out: Tensor) -> None:
+        """heads as `rotate_and_store` leaves them -> out [num_tokens, num_heads, head_dim]"""
+        ordered = out
+        if self.rows is not None:
+            heads, ordered = heads[self.rows], torch.empty_like(out)
+        queries = heads[:, : self.attention.num_heads]
         first = 0
         for group in self.groups:
             part = slice(first, first + group.num_tokens)
-            group.attend(layer, queries[part], heads[part], out[part])
+            group.attend(layer, queries[part], heads[part], ordered[part])
             first = part.stop
         if self.rows is not None:
-            out = torch.empty_like(out).index_copy_(0, self.rows, out)
-        return out.flatten(1)
+            out.index_copy_(0, self.rows, ordered)
 
 
 class DecodeGraphAttention:

@@ -8,13 +8,15 @@ Every size has two, with attention that cuts long sequences into pieces and with
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain, product
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from engine.attention.base import Span, StepAttention
 from engine.models.decoder import CausalLM
+
+GraphPool = Any  # what `torch.cuda.graph_pool_handle` gives, whose type is PyTorch's own
 
 
 class GraphAttention(StepAttention, Protocol):
@@ -62,9 +64,8 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, GraphAttention]] = {}
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, pool: GraphPool) -> None:
         """Record all sizes, the largest first, so that the others fit into its memory. Once, before the first `run`."""
-        pool = torch.cuda.graph_pool_handle()
         for size, cuts in product(reversed(self.sizes), (True, False)):
             attention = self._attention.decode_graph(size, self._spare_block, cuts=cuts)
             self._forward(size, attention)  # compiles kernels and makes plans

@@ -10,7 +10,8 @@ from engine.attention.base import AttentionBackend, Span
 from engine.attention.paged import PagedAttention
 from engine.executors.base import SampleSpec
 from engine.executors.cuda_graphs import CapturableAttention, DecodeGraphs
-from engine.executors.step_forward import StepForward
+from engine.executors.prefill_graphs import PrefillGraphs, SplitAttention
+from engine.executors.step_forward import StepForward, TorchForward
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
 from engine.layers.fp8 import FIRST_CAPABILITY
@@ -89,15 +90,19 @@ def make_attention(
     return PagedAttention(kv)
 
 
-def capture_graphs(
-    model: CausalLM, attention: AttentionBackend, max_rows: int, spare_block: int
-) -> DecodeGraphs | None:
-    """None where the attention cannot be captured."""
-    if max_rows == 0 or not isinstance(attention, CapturableAttention):
-        return None
-    graphs = DecodeGraphs(model, attention, max_rows, spare_block)
-    graphs.capture()
-    return graphs
+def capture_graphs(model: CausalLM, layers: TorchForward, limits: StepLimits, spare_block: int) -> None:
+    """For `layers`, unless its attention cannot be captured."""
+    if limits.max_graph_rows == 0:
+        return
+    pool = torch.cuda.graph_pool_handle()
+    if isinstance(layers.attention, CapturableAttention):
+        graphs = DecodeGraphs(model, layers.attention, limits.max_graph_rows, spare_block)
+        graphs.capture(pool)
+        layers.graphs = graphs
+    if isinstance(layers.attention, SplitAttention):
+        prefill_graphs = PrefillGraphs(model, layers.attention, limits.max_batch_tokens)
+        prefill_graphs.capture(pool)
+        layers.prefill_graphs = prefill_graphs
 
 
 def warm_up(model: CausalLM, layers: StepForward, memory: DeviceMemory, max_tokens: int) -> None:

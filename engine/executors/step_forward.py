@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionBackend, Span
 from engine.executors.cuda_graphs import DecodeGraphs
+from engine.executors.prefill_graphs import PrefillGraphs
 from engine.models.decoder import CausalLM
 from engine.tensors import to_device
 
@@ -34,11 +35,13 @@ class StepForward(Protocol):
 
 
 class TorchForward:
-    """The model and an attention backend in PyTorch. Steps that decode only replay `graphs`, where there are some."""
+    """The model and an attention backend in PyTorch. Steps that decode only replay `graphs`, where there are some, and
+    small others `prefill_graphs`."""
 
-    def __init__(self, model: CausalLM, attention: AttentionBackend, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(self, model: CausalLM, attention: AttentionBackend) -> None:
         self.attention = attention
-        self.graphs = graphs
+        self.graphs: DecodeGraphs | None = None
+        self.prefill_graphs: PrefillGraphs | None = None
         self._model = model
 
     def run(
@@ -55,6 +58,8 @@ class TorchForward:
                 for layer in range(self._model.config.num_layers):
                     on_layer_written(layer)
             return hidden
+        if self.prefill_graphs is not None and self.prefill_graphs.fit(token_ids.shape[0]):
+            return self.prefill_graphs.run(token_ids, positions, spans, rows, on_layer_written)
         attention = self.attention.begin_step(spans, on_layer_written)
         wanted = None if rows is None else to_device(rows, token_ids.device)
         out: Tensor = self._model(token_ids, positions, attention, wanted)

@@ -3,8 +3,8 @@
 Owns the model, the KV memory and what computes the layers of one worker: PyTorch, or segments outside it that a
 loader makes. A worker loop makes all calls from one thread; nothing about a request is kept between steps except its KV
 and the tokens sampled last. On the CPU a step is over when `submit` returns. On CUDA it is queued there and `result`
-waits for it, so that two steps can be in flight, and nothing in between waits for the device. Decode steps replay CUDA
-graphs, others are queued operation by operation.
+waits for it, so that two steps can be in flight, and nothing in between waits for the device. Decode steps and small
+others replay CUDA graphs, large ones are queued operation by operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -165,8 +165,7 @@ class TorchExecutor:
             self._layers = layers = make_layers(kv, limits)
             warm_up(model, layers, memory, min(limits.max_batch_tokens, limits.max_model_len))
             if isinstance(layers, TorchForward):
-                graphs = capture_graphs(model, layers.attention, limits.max_graph_rows, spare_block=num_blocks)
-                layers.graphs = graphs
+                capture_graphs(model, layers, limits, spare_block=num_blocks)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"no memory for attention and CUDA graphs beside {memory.size / 2**30:.1f} GiB of KV: lower "

@@ -21,8 +21,11 @@ def rotate_and_store(
     num_kv_heads: int,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> None:
     """Rotate the queries and keys of `heads` in place; store keys and values at `slots` of `kv_layer`.
+
+    With `out`, of the shape of `heads`, rotated heads and values are written there, and `heads` stays as it was.
 
     heads [num_tokens, q heads then k heads then v heads, head_dim]; cos and sin as `Rotation` has them;
     kv_layer [num_blocks, 2, num_kv_heads, block_size, head_dim], any strides; slots [num_tokens] =
@@ -38,9 +41,14 @@ def rotate_and_store(
     assert heads.stride(2) == cos.stride(3) == sin.stride(3) == kv_layer.stride(4) == slots.stride(0) == 1
     if num_tokens == 0:
         return
+    copies = out is not None
+    out = heads if out is None else out
+    assert out.shape == heads.shape, (out.shape, heads.shape)
+    assert out.stride(2) == 1, out.stride()
     pdl = overlaps(heads)
     _rotate_and_store[(num_tokens, triton.cdiv(total, HEADS))](
         heads,
+        out,
         cos,
         sin,
         kv_layer,
@@ -53,10 +61,12 @@ def rotate_and_store(
         k_scale,
         v_scale,
         *heads.stride()[:2],
+        *out.stride()[:2],
         cos.stride(0),
         sin.stride(0),
         sin.stride(2),
         *kv_layer.stride()[:4],
+        COPIES=copies,
         QUANTIZES=kv_layer.dtype == torch.float8_e4m3fn,
         HEADS=HEADS,
         HALF=triton.next_power_of_2(half),
@@ -70,6 +80,7 @@ def rotate_and_store(
 @triton.jit
 def _rotate_and_store(
     heads,
+    out,
     cos,
     sin,
     kv_layer,
@@ -83,6 +94,8 @@ def _rotate_and_store(
     v_scale,
     token_stride,
     head_stride,
+    out_token_stride,
+    out_head_stride,
     cos_stride,
     sin_stride,
     sign_stride,
@@ -90,6 +103,7 @@ def _rotate_and_store(
     kv_stride,
     kv_head_stride,
     slot_stride,
+    COPIES: tl.constexpr,
     QUANTIZES: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -114,8 +128,10 @@ def _rotate_and_store(
     wide1, wide2 = x1.to(tl.float32), x2.to(tl.float32)
     y1 = tl.where(rotates, (wide1 * c - wide2 * s).to(x1.dtype), x1)
     y2 = tl.where(rotates, (wide2 * c + wide1 * s).to(x2.dtype), x2)
-    tl.store(source + dim, y1, mask=exists & rotates)
-    tl.store(source + half + dim, y2, mask=exists & rotates)
+    result = out + token * out_token_stride + head * out_head_stride
+    changes = exists if COPIES else exists & rotates
+    tl.store(result + dim, y1, mask=changes)
+    tl.store(result + half + dim, y2, mask=changes)
 
     kv_head = head - num_heads  # keys, then values
     kind = (kv_head >= num_kv_heads).to(tl.int64)
@@ -127,9 +143,12 @@ def _rotate_and_store(
     tl.store(target + half + dim, _stored(y2, scale, QUANTIZES), mask=exists & stores)
     if REST > 0:
         dim = tl.arange(0, REST)[None, :]
-        moves = (head < num_heads + 2 * num_kv_heads) & (dim < rest) & stores
+        exists = (head < num_heads + 2 * num_kv_heads) & (dim < rest)
+        moves = exists if COPIES else exists & stores
         x = tl.load(source + 2 * half + dim, mask=moves, other=0.0)
-        tl.store(target + 2 * half + dim, _stored(x, scale, QUANTIZES), mask=moves)
+        if COPIES:
+            tl.store(result + 2 * half + dim, x, mask=exists)
+        tl.store(target + 2 * half + dim, _stored(x, scale, QUANTIZES), mask=exists & stores)
 
 
 @triton.jit

@@ -87,16 +87,25 @@ class CausalLM(nn.Module):
         """
         rotation = self.rotary.rotation(positions)
         hidden = self.embed(token_ids)
-        delta: Tensor | None = None
-        last = len(self.model.layers) - 1
-        for index, layer in enumerate(self.model.layers):
-            assert isinstance(layer, DecoderLayer)
-            attended = layer.attend(hidden, delta, rotation, attention)
-            if index == last and rows is not None:
-                hidden, attended = hidden[rows], attended[rows]
-            delta = layer.feed_forward(hidden, attended)
-        assert delta is not None, "a model without layers"
-        return hidden.add_(delta)
+        attended: Tensor | None = None
+        for index in range(len(self.model.layers)):
+            attended = self.attend(index, hidden, attended, rotation, attention)
+        assert attended is not None, "a model without layers"
+        return self.finish(hidden, attended, rows)
+
+    def attend(
+        self, index: int, hidden: Tensor, attended: Tensor | None, rotation: Rotation, attention: StepAttention
+    ) -> Tensor:
+        """From the attention of the layer before, None for the first, to that of layer `index`, which is returned;
+        `hidden` grows in place."""
+        delta = None if attended is None else self._layer(index - 1).feed_forward(hidden, attended)
+        return self._layer(index).attend(hidden, delta, rotation, attention)
+
+    def finish(self, hidden: Tensor, attended: Tensor, rows: Tensor | None) -> Tensor:
+        """What follows the last layer's attention, for `rows`; `hidden` may change. Returns what `forward` does."""
+        if rows is not None:
+            hidden, attended = hidden[rows], attended[rows]
+        return hidden.add_(self._layer(-1).feed_forward(hidden, attended))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [num_tokens] -> what the first layer is given [num_tokens, hidden_size]"""
@@ -105,6 +114,11 @@ class CausalLM(nn.Module):
             # Rounded to the model's type first, as in training.
             hidden *= torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()
         return hidden
+
+    def _layer(self, index: int) -> DecoderLayer:
+        layer = self.model.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        return layer
 
     def attention_layers(self) -> list[AttentionLayer]:
         return [module.layer for module in self.modules() if isinstance(module, SelfAttention)]

@@ -12,7 +12,7 @@ import transformers
 
 from engine import sampler
 from engine.engine import Engine
-from engine.executors import torch_executor
+from engine.executors import prefill_graphs, torch_executor
 from engine.executors.base import Batch, Chunk, Executor, SampleSpec
 from engine.executors.cuda_setup import Peak, measure_peak
 from engine.executors.torch_executor import TorchConfig, TorchExecutor
@@ -145,18 +145,61 @@ def _no_marks(executor: TorchExecutor) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_graphs_give_the_tokens_of_a_run_without_them(tmp_path: Path, family: str) -> None:
-    """With as many rows as a graph has: products of other numbers of rows round otherwise."""
+@pytest.mark.parametrize("max_batch_tokens", [64, 512])
+def test_graphs_give_the_tokens_of_a_run_without_them(tmp_path: Path, family: str, max_batch_tokens: int) -> None:
+    """With as many rows as a graph has: above 64, products of other numbers of rows round otherwise."""
     path = make_checkpoint(tmp_path, family, tokenizer=False, **REAL_HEADS)
-    prompts = random_prompts(3, (37, 90, 5, 16, 33, 64, 1, 20))
+    prompts = random_prompts(3, (37, 90, 5, 16, 33, 64, 1, 10))
+    assert sum(map(len, prompts)) in prefill_graphs.SIZES
+    prompts += [[*prompts[1][:80], *prompt] for prompt in random_prompts(8, (5, 30))]  # begin as another one
     found = []
     for cuda_graphs in (True, False):
         executor = gpu(path, dtype="bfloat16", cuda_graphs=cuda_graphs)
         assert (executor._layers.graphs is not None) == cuda_graphs
-        greedy_tokens = generate(executor, prompts, 40, max_batch_tokens=512)
-        found.append((greedy_tokens, generate(executor, prompts, 40, 512, temperature=1.0, top_p=0.9)))
+        assert (executor._layers.prefill_graphs is not None) == cuda_graphs
+        sets = [
+            generate(executor, some, 40, max_batch_tokens, **params)
+            for some in (prompts[:8], prompts[8:])
+            for params in ({}, {"temperature": 1.0, "top_p": 0.9})
+        ]
+        found.append(sets)
         executor.close()
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("kv_dtype", "max_batch_tokens"), [("auto", 512), ("auto", 201), ("fp8", 512)])
+def test_a_small_step_is_not_changed_by_what_fills_it_up(tmp_path: Path, kv_dtype: str, max_batch_tokens: int) -> None:
+    path = make_checkpoint(tmp_path, "llama", tokenizer=False, **{**REAL_HEADS, "head_dim": 128})
+    executor = gpu(path, dtype="bfloat16", kv_dtype=kv_dtype, max_batch_tokens=max_batch_tokens)
+    [prompt, other] = random_prompts(9, (200, max_batch_tokens))
+    cuts = [[200], [37, 163], [100, 17, 83], [64, 64, 72]]
+    graphs, executor._layers.prefill_graphs = executor._layers.prefill_graphs, None
+    queued = [all_logprobs(executor, prompt, sizes) for sizes in cuts]
+    noise = max((one - queued[0]).abs().max() for one in queued[1:])
+    executor._layers.prefill_graphs = graphs
+    all_logprobs(executor, other, [max_batch_tokens], first_block=40)  # leaves its values in every row
+    kv = executor.memory.kv(getattr(torch, executor.layout.dtype)).view(torch.uint8)
+    for sizes, expected in zip(cuts, queued, strict=True):
+        before = kv.clone()
+        assert (all_logprobs(executor, prompt, sizes) - expected).abs().max() < noise, sizes
+        changed = (kv != before).flatten(1).any(1).nonzero().flatten().tolist()
+        assert set(changed) <= set(range(executor.layout.num_blocks_for(200))), "only the prompt's own blocks"
+    executor.close()
+
+
+@torch.inference_mode()
+def all_logprobs(
+    executor: TorchExecutor, token_ids: Sequence[int], sizes: Sequence[int], first_block: int = 0
+) -> torch.Tensor:
+    """Of what follows each token, computed in chunks of `sizes`."""
+    blocks = range(first_block, first_block + executor.layout.num_blocks_for(len(token_ids)))
+    rows, start = [], 0
+    for size in sizes:
+        chunk = Chunk(RequestId("r"), token_ids[start : start + size], start, blocks)
+        hidden = executor._forward([chunk], [size], _no_marks(executor))
+        rows.append(executor._model.logits(hidden).float().log_softmax(-1))
+        start += size
+    return torch.cat(rows)
 
 
 def test_steps_in_flight_change_no_token(tmp_path: Path) -> None:

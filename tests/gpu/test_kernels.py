@@ -111,6 +111,7 @@ def test_rotation_and_store_equal_torch(head_dim: int, half: int, dtype: torch.d
     slots = torch.randperm(6 * block_size, device=DEVICE)[:num_tokens]
     slots[2] = -1
     expected_heads, expected_pool = heads.clone(), pool.clone()
+    given, empty_pool = heads.clone(), pool.clone()
     expected_heads[:, :-num_kv_heads] = rotated(heads[:, :-num_kv_heads], rotation)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -119,6 +120,11 @@ def test_rotation_and_store_equal_torch(head_dim: int, half: int, dtype: torch.d
     rotate_and_store(heads, rotation.cos, rotation.sin, pool[:, 1], slots, num_heads, num_kv_heads)
     assert_close(heads, expected_heads)
     assert_close(pool, expected_pool)
+    out, kept = torch.empty_like(given), given.clone()
+    rotate_and_store(given, rotation.cos, rotation.sin, empty_pool[:, 1], slots, num_heads, num_kv_heads, out=out)
+    assert torch.equal(out, heads)
+    assert torch.equal(given, kept)
+    assert torch.equal(empty_pool, pool)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter does not round to float8")
