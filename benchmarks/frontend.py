@@ -226,7 +226,8 @@ def make_spec(args: argparse.Namespace, model: str, run_dir: str) -> ClusterSpec
             },
             "prefill": {"replicas": args.workers},
             "decode": {"replicas": args.workers},
-            "router": {"port": 0, "workers": args.processes},
+            # Every request is handed off: two legs in the router, though idle decode workers would do without.
+            "router": {"port": 0, "workers": args.processes, "local_prefill_max_tokens": 0},
         }
     )
 

@@ -99,6 +99,7 @@ class _Watch:
         self._job = job
         self._running = False
         self._last = [job.received] * len(job.choices)
+        self._observe_gap = metrics.inter_token.observe
 
     def __enter__(self) -> Callable[[Piece], None]:
         self._metrics.num_waiting += 1
@@ -118,7 +119,7 @@ class _Watch:
             self._metrics.num_running += 1
             self._metrics.first_token.observe(now - self._job.received)
         elif not piece.first:
-            self._metrics.inter_token.observe(now - self._last[choice.index])
+            self._observe_gap(now - self._last[choice.index])
         self._last[choice.index] = now
         if piece.finish_reason is not None and choice.stream is not None:
             num_prompt = choice.request.num_prompt_tokens

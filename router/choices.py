@@ -70,7 +70,7 @@ async def run_choices(generator: Generator, choices: Sequence[Choice], deadline:
 
 async def _run(choice: Choice, reader: Reader, begun: Callable[[], object] = lambda: None) -> None:
     """A choice whose stream is there, to its end; `begun` is called with its first piece."""
-    stream, first, has_room = choice.stream, True, True
+    stream, show, first, has_room = choice.stream, reader.take, True, True
     assert stream is not None, choice.index
 
     def take(delta: Delta) -> bool:
@@ -79,7 +79,7 @@ async def _run(choice: Choice, reader: Reader, begun: Callable[[], object] = lam
         if first:
             first = False
             begun()
-        has_room = reader.take(piece)
+        has_room = show(piece)
         return has_room and piece.finish_reason is None
 
     while choice.finish_reason is None:
@@ -118,6 +118,8 @@ def _take(choice: Choice, delta: Delta, first: bool) -> Piece:
     text, token_ids, reason = choice.text, delta.token_ids, delta.finish_reason
     before = text.num_tokens
     shown = text.push(token_ids, reason)
+    if reason is None and not text.stopped:
+        return Piece(choice, shown, token_ids, delta.logprobs, None, first)
     if text.stopped:
         reason = FinishReason.STOP
         num_new = text.num_tokens - before

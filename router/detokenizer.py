@@ -6,9 +6,9 @@ never taken back; each token costs constant time. Two kinds of tokenizers are de
 byte-level BPE, and SentencePiece-like with byte fallback.
 """
 
-import codecs
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from codecs import utf_8_decode
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ class DecoderRules:
 class Decoder(Protocol):
     """Turns one sequence of token ids into text."""
 
-    def push(self, token_ids: Iterable[int]) -> str: ...
+    def push(self, token_ids: Sequence[int]) -> str: ...
 
     def finish(self) -> str: ...
 
@@ -106,14 +106,21 @@ class ByteLevelDecoder:
 
     def __init__(self, pieces: ByteLevelPieces) -> None:
         self._pieces = pieces
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
-        return self._utf8.decode(b"".join([pieces[token_id] for token_id in token_ids]))
+        if len(token_ids) == 1:
+            data = self._held + pieces[token_ids[0]]
+        else:
+            data = self._held + b"".join([pieces[token_id] for token_id in token_ids])
+        text, num_used = utf_8_decode(data, "replace", False)
+        self._held = data[num_used:]
+        return text
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
 
 
 class SentencePieceDecoder:
@@ -127,7 +134,7 @@ class SentencePieceDecoder:
         self._run = bytearray()
         self._num_stripped = num_stripped  # leading spaces still to drop
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         texts = []
         for token_id in token_ids:
             piece = self._pieces[token_id]
@@ -264,12 +271,14 @@ class TextStream:
         The token that made the engine stop is counted but not shown, unless stop strings are shown too. After a
         stop string was found, the rest is ignored.
         """
+        if finish_reason is None:
+            return self._push(token_ids)
         if finish_reason is FinishReason.STOP and not self._include and token_ids:
             text = self._push(token_ids[:-1])
             self.num_tokens += not self.stopped
         else:
             text = self._push(token_ids)
-        return text if finish_reason is None else text + self.finish()
+        return text + self.finish()
 
     def finish(self) -> str:
         """What was held back. May find a stop string at the very end."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
 
@@ -28,8 +30,7 @@ class GenerationFailed(Exception):
     """Every attempt the deadline and the retry budget allowed has failed. Becomes 503, or an error event."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one request, in order, each exactly once whatever happened to its workers."""
 
     token_ids: list[int]

@@ -84,6 +84,7 @@ class CompletionFormat:
         self._hide_output = hide_output  # only the prompt is wanted
         self._head = _head(envelope, "text_completion")
         self._extras = envelope.logprobs or envelope.token_ids or hide_output
+        self._openings: dict[int, bytes] = {}  # choice index -> an event up to its text
         self._offsets: dict[int, int] = {}  # choice index -> length of the token texts before
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
@@ -93,16 +94,12 @@ class CompletionFormat:
             if not (fields["text"] or piece.finish_reason or envelope.logprobs or envelope.token_ids):
                 return b""
             return b"".join((self._head, b'"choices":[', _encode(fields), b"]", tail, b"}\n\n"))
-        if not piece.text and piece.finish_reason is None:
+        text, reason = piece.text, piece.finish_reason
+        if not text and reason is None:
             return b""
-        finish = b"null" if piece.finish_reason is None else b'"%b"' % piece.finish_reason.encode()
-        return b'%b"choices":[{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b}]%b}\n\n' % (
-            self._head,
-            piece.choice.index,
-            _encode(piece.text),
-            finish,
-            tail,
-        )
+        opening = self._openings.get(piece.choice.index) or self._open(piece.choice.index)
+        end = _OPEN if reason is None else b'"logprobs":null,"finish_reason":"%b"}]' % reason.encode()
+        return b"".join((opening, _encode(text), b",", end, tail, b"}\n\n"))
 
     def last_event(self, tail: bytes) -> bytes:
         return b"".join((self._head, b'"choices":[]', tail, b"}\n\n"))
@@ -127,6 +124,10 @@ class CompletionFormat:
             fields["prompt_token_ids"] = choice.prompt.token_ids if pieces[0].first else None
         return fields
 
+    def _open(self, index: int) -> bytes:
+        opening = self._openings[index] = b'%b"choices":[{"index":%d,"text":' % (self._head, index)
+        return opening
+
     def _prompt_text(self, choice: Choice) -> str:
         prompt = choice.prompt
         return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
@@ -149,9 +150,17 @@ class ChatFormat:
         self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._head = _head(envelope, "chat.completion.chunk")
         self._extras = envelope.logprobs or envelope.token_ids
+        self._openings: dict[int, bytes] = {}  # choice index -> an event up to its text
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
         head, index = self._head, piece.choice.index
+        if not (piece.first or self._extras or piece.finish_reason):
+            if not piece.text:
+                return b""
+            opening = self._openings.get(index)
+            if opening is None:
+                opening = self._openings[index] = b'%b"choices":[{"index":%d,"delta":{"content":' % (head, index)
+            return b"".join((opening, _encode(piece.text), b"},", _OPEN, tail, b"}\n\n"))
         events = []
         if piece.first:
             delta = b'{"role":"assistant","content":""}'

@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from router.exchange import WRITE_CHUNK
 
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_CHUNK_HEADS = tuple(b"%x\r\n" % size for size in range(1024))  # by size; an event of one token has some 200 bytes
 FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
 
 
@@ -103,8 +104,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _write_chunk(self, part: bytes) -> bool:
         """A part of the body of the answer under way, which is chunked. False: the client does not keep up."""
-        if not self.transport.is_closing():
-            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        transport, size = self.transport, len(part)
+        if not transport.is_closing():
+            head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
+            transport.write(b"".join((head, part, b"\r\n")))
         return not self.flow.write_paused
 
     def _await_head(self) -> None:

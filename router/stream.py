@@ -57,13 +57,17 @@ class TokenStream:
         if index < num_known:
             token_ids, logprobs = token_ids[num_known - index :], logprobs[num_known - index :]
         self._append(token_ids, logprobs, finish_reason)
+        if self._early:
+            self._append_early()
+        if self._waiter is not None:
+            self._wake()
+        return self._ended
+
+    def _append_early(self) -> None:
         while self._early and (first := min(self._early)) <= len(self.token_ids):
             token_ids, logprobs, finish_reason = self._early.pop(first)
             known = len(self.token_ids) - first
             self._append(token_ids[known:], logprobs[known:], finish_reason)
-        if self._waiter is not None:
-            self._wake()
-        return self._ended
 
     def discard_early(self) -> None:
         """The attempt is over; the next one starts from what was accepted in order."""
@@ -149,13 +153,13 @@ class TokenStream:
             self._consumer = self._waiter = None
 
     def _wake(self) -> None:
-        waiter, more = self._waiter, True
+        waiter, consumer, more = self._waiter, self._consumer, True
         if waiter is None or waiter.done():
             return
         delta = self._take()
-        if delta is not None and self._consumer is not None:
+        if delta is not None and consumer is not None:
             try:
-                more = self._consumer(delta)
+                more = consumer(delta)
             except Exception as error:  # the consumer's, not of the worker whose frame this is
                 waiter.set_exception(error)
                 return
