@@ -99,9 +99,11 @@ def measure(num_workers: int, num_requests: int, num_tokens: int, num_reports: i
         placement.add(prompt)
         for outcome in placement.pump():
             assert isinstance(outcome, Placed), outcome
-            workers = [outcome.decode] if outcome.prefill is None else [outcome.prefill, outcome.decode]
-            for worker in workers:
-                worker.reserve(number, outcome.prefill_tokens, outcome.decode_blocks, outcome.prefill_past)
+            workers = [outcome.decode]
+            outcome.decode.reserve(number, outcome.on_decode)
+            if outcome.prefill is not None:
+                workers.append(outcome.prefill)
+                outcome.prefill.reserve(number, outcome.on_prefill)
         requests_s.append(time.thread_time() - start)
         for worker in workers:
             worker.counted(number)

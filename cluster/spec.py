@@ -149,7 +149,7 @@ class RouterSpec(Section):
         None,
         ge=0,
         description="the decode worker may prefill prompts with at most this many tokens to compute, where that is "
-        "cheaper than a handoff; null: its scheduler.max_batch_tokens",
+        "cheaper than a handoff; null: its scheduler.max_batch_tokens, and what takes longer to move than to compute",
     )
     slo: SloSpec = Field(
         SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429 at once"

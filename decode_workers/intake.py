@@ -7,12 +7,15 @@ its end, also when the request is cancelled meanwhile: until then the transport 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
+from decode_workers.transfer_rate import TransferRate
 from engine.errors import TransferError
 from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import Request, RequestId
+from protos import worker_pb2 as pb
 
 if TYPE_CHECKING:  # a simulation of the cluster uses the intake, without the network
     from kv_transfer.sink import Pulled
@@ -69,14 +72,25 @@ class Intake:
         self._max_pulls = max_pulls
         self._waiting: list[Entry] = []
         self._pulling: dict[RequestId, Entry] = {}
+        self._rate = TransferRate()
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    @property
-    def num_pulling(self) -> int:
-        return len(self._pulling)
+    def moved(self, num_tokens: int, seconds: float) -> None:
+        """KV of so many tokens has come in so much time of the link."""
+        self._rate.observe(num_tokens, seconds)
+
+    def add_load(self, load: pb.Load) -> None:
+        """Add what is here to the engine's load."""
+        load.num_waiting += self.num_waiting
+        load.num_handoffs = len(self._pulling)
+        load.num_pull_tokens = sum(
+            len(entry.request.token_ids) - entry.num_held_tokens
+            for entry in chain(self._waiting, self._pulling.values())
+        )
+        load.transfer_token_s = self._rate.token_s
 
     def add(self, request: Request, offer: bytes, deadline: float) -> None:
         """Queue a request with the offer of its KV. Raises InvalidRequest when it can never run here."""

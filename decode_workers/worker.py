@@ -48,6 +48,7 @@ class DecodeRole:
         output = self._clients.output(request_id)
         output.handoff_done = True
         _say_pulled(output.timing, pulled)
+        self._intake.moved(pulled.num_blocks * self._engine.kv.block_size, pulled.link_seconds)
         if pulled.finished:  # the first token was the last: the prefill worker has said so to the router
             self._engine.kv.release(entry.block_ids)
             self._clients.forget(request_id)
@@ -92,8 +93,7 @@ class DecodeRole:
             self._clients.forget(request_id)
 
     def add_load(self, load: pb.Load) -> None:
-        load.num_waiting += self._intake.num_waiting
-        load.num_handoffs = self._intake.num_pulling
+        self._intake.add_load(load)
 
 
 def _say_pulled(timing: pb.Timing, pulled: Pulled) -> None:

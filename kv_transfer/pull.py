@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from threading import Event
 
 from engine.errors import TransferError
+from kv_transfer.busy_time import BusyTime
 from kv_transfer.copier import Copier
 from kv_transfer.handoff import Handoff, HandoffState
 from kv_transfer.transports.base import Run
@@ -23,7 +24,8 @@ from protos import transfer_pb2 as pb
 @dataclass(frozen=True, slots=True)
 class Pulled:
     """`num_blocks` of the sink were filled. `copy_seconds`: time in which at least one copy ran.
-    `exposed_seconds`: from hearing that prefill is complete to the last byte in place."""
+    `exposed_seconds`: from hearing that prefill is complete to the last byte in place. `link_seconds`: in which any
+    pull of the sink copied, since the last one ended."""
 
     first_token: int
     finished: bool  # nothing is left to decode
@@ -31,6 +33,7 @@ class Pulled:
     num_bytes: int
     copy_seconds: float
     exposed_seconds: float
+    link_seconds: float
     transport: str
 
 
@@ -52,6 +55,7 @@ class Pull:
         limits: PullLimits,
         send: Callable[[pb.SinkMessage], None],
         pool: Executor,
+        busy: BusyTime,
         clock: Callable[[], float],
     ) -> None:
         self.lease_id = lease_id
@@ -61,6 +65,7 @@ class Pull:
         self._limits = limits
         self._send = send
         self._pool = pool
+        self._busy = busy
         self._clock = clock
         num_groups = len(copier.groups)
         self._next_block = [first_block] * num_groups  # of the source, for each layer group
@@ -183,6 +188,7 @@ class Pull:
             batch = self._take_batch()
             if not self._jobs:
                 self._busy_since = self._clock()
+                self._busy.begin(self._busy_since)
             job = loop.run_in_executor(self._pool, self._copier.fetch, batch, self._stop)
             job.add_done_callback(lambda _: self._wake.set())
             self._jobs.add(job)
@@ -209,7 +215,7 @@ class Pull:
         done = {job for job in self._jobs if job.done()}
         self._jobs -= done
         if done and not self._jobs:
-            self._copy_seconds += self._clock() - self._busy_since
+            self._rest()
         for job in done:
             bad, reason = job.result()
             self._num_bytes -= self._size(bad)
@@ -218,6 +224,12 @@ class Pull:
                     self._fail(HandoffState.FAILED, f"block {run.first_block} did not arrive: {reason}")
                 self._pending.append(run.part(0, run.num_blocks, num_more_failures=1))
         self._check()
+
+    def _rest(self) -> None:
+        """No job runs any more."""
+        now = self._clock()
+        self._busy.end(now)
+        self._copy_seconds += now - self._busy_since
 
     def _give_up(self) -> None:
         self._stop.set()
@@ -231,5 +243,7 @@ class Pull:
                 await asyncio.wait(pending)
             except asyncio.CancelledError:
                 cancelled = True
+        if self._jobs:
+            self._rest()
         if cancelled:
             raise asyncio.CancelledError

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from engine.errors import TransferError
 from engine.kv.memory import KvMemory
+from kv_transfer.busy_time import BusyTime
 from kv_transfer.copier import CopierConfig, make_copier, open_stream, warm_up
 from kv_transfer.fingerprint import difference
 from kv_transfer.handoff import Handoff, HandoffState
@@ -82,6 +83,7 @@ class KvSink:
         self._clock = clock
         self._links: dict[tuple[str, str], asyncio.Task[SinkLink]] = {}  # by link address and epoch
         self._closed = False
+        self._busy = BusyTime()
         warm_up(memory)
         self._copiers = CopierConfig(self._config.job_bytes, self._config.copy_threads, self._config.stage_bytes)
 
@@ -102,7 +104,8 @@ class KvSink:
             token, num_bytes, copy_s, exposed_s = await pull.run()
         finally:
             link.detach(pull)
-        return Pulled(token.token_id, token.finished, len(block_ids), num_bytes, copy_s, exposed_s, transport)
+        link_s = self._busy.take(self._clock())
+        return Pulled(token.token_id, token.finished, len(block_ids), num_bytes, copy_s, exposed_s, link_s, transport)
 
     async def close(self) -> None:
         """End every link; pulls still running fail."""
@@ -203,6 +206,7 @@ class KvSink:
             limits=PullLimits(self._config.copy_threads, self._config.max_failures),
             send=link.send,
             pool=link.pool,
+            busy=self._busy,
             clock=self._clock,
         )
 

@@ -152,7 +152,7 @@ class Description(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn", "queue_us", "model", "num_cached_blocks")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn", "queue_us", "model", "num_cached_blocks", "transfer_token_s", "num_pull_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,8 @@ class Load(_message.Message):
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -177,7 +179,9 @@ class Load(_message.Message):
     queue_us: int
     model: StepModel
     num_cached_blocks: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ..., turn: _Optional[int] = ..., queue_us: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ..., num_cached_blocks: _Optional[int] = ...) -> None: ...
+    transfer_token_s: float
+    num_pull_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_handoffs: _Optional[int] = ..., progress: _Optional[int] = ..., last_step_us: _Optional[int] = ..., draining: _Optional[bool] = ..., turn: _Optional[int] = ..., queue_us: _Optional[int] = ..., model: _Optional[_Union[StepModel, _Mapping]] = ..., num_cached_blocks: _Optional[int] = ..., transfer_token_s: _Optional[float] = ..., num_pull_tokens: _Optional[int] = ...) -> None: ...
 
 class StepModel(_message.Message):
     __slots__ = ("base_s", "prefill_token_s", "pair_s", "decode_s", "kv_token_s")

@@ -13,6 +13,7 @@ from typing import Protocol
 from engine.errors import InvalidRequest
 from engine.wire import finish_from_pb, logprobs_from_pb
 from protos import worker_pb2 as pb
+from router.cluster_view import Reservation
 from router.generation import Timeline
 from router.session import Sink, WorkerSession
 from router.stream import TokenStream
@@ -40,8 +41,8 @@ class _Leg:
         self.worker_id = session.member.worker_id
         self.handle = 0
 
-    def open(self, sink: Sink, tokens: int, blocks: int, past: int) -> None:
-        self.handle = self.session.open(sink, tokens, blocks, past)
+    def open(self, sink: Sink, part: Reservation) -> None:
+        self.handle = self.session.open(sink, part)
 
     def close(self, *, cancel: bool) -> None:
         self.session.close(self.handle, cancel=cancel)
@@ -74,15 +75,13 @@ class Attempt:
         self._handoff_done = False
         self._over = False
 
-    def start(self, *, prefill_tokens: int, prefill_past: int, decode_blocks: int) -> None:
-        """Both sessions are attached. `prefill_tokens` are to be computed by whoever prefills, after cached ones."""
-        local = self._prefill is None
-        sink = Sink(self._decode_output, self._decode_lost)
-        self._decode.open(sink, prefill_tokens if local else 0, decode_blocks, prefill_past if local else 0)
+    def start(self, on_prefill: Reservation, on_decode: Reservation) -> None:
+        """Both sessions are attached. `on_prefill` is only for a prefill worker."""
+        self._decode.open(Sink(self._decode_output, self._decode_lost), on_decode)
         if self._prefill is None:
             self._submit(self._decode, b"")
         else:
-            self._prefill.open(Sink(self._prefill_output, self._prefill_lost), prefill_tokens, 0, prefill_past)
+            self._prefill.open(Sink(self._prefill_output, self._prefill_lost), on_prefill)
             self._submit(self._prefill, b"")
 
     def abort(self) -> None:

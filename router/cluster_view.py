@@ -33,7 +33,18 @@ class WorkerRow(NamedTuple):
     queue_s: float  # to compute the prompts it has told of
     num_waiting_tokens: int  # of prompts to compute that `queue_s` does not count
     num_waiting_pairs: int  # (query, key) pairs of those
+    num_pull_tokens: int  # of KV that has yet to come
     num_pending: int  # requests counted above that the worker has not reported
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a request will take of one worker."""
+
+    prefill_tokens: int = 0  # to compute
+    prefill_past: int = 0  # cached tokens before those
+    blocks: int = 0
+    pull_tokens: int = 0  # of KV, to come from a prefill worker
 
 
 @dataclass(slots=True)
@@ -41,6 +52,7 @@ class _Pending:
     tokens: int
     pairs: int
     blocks: int
+    pull_tokens: int
     reports_seen: int = -1  # since it was sent; -1: not sent yet
 
 
@@ -75,9 +87,16 @@ class WorkerState:
         """Whether new requests may go here."""
         return not (self._closed or self.load.draining)
 
-    def reserve(self, handle: int, tokens: int, blocks: int, past: int = 0) -> None:
-        """Count a request from the decision on: `tokens` to prefill after `past` cached ones, `blocks` of KV."""
-        self._pending[handle] = _Pending(tokens, num_pairs(tokens, past), blocks)
+    @property
+    def transfer_token_s(self) -> float:
+        """Of its link, for each token of KV that it pulls; 0: unknown."""
+        seconds = self.load.transfer_token_s
+        return seconds if 0.0 < seconds < math.inf else 0.0
+
+    def reserve(self, handle: int, part: Reservation) -> None:
+        """Count a request from the decision on."""
+        pairs = num_pairs(part.prefill_tokens, part.prefill_past)
+        self._pending[handle] = _Pending(part.prefill_tokens, pairs, part.blocks, part.pull_tokens)
         self._dirty.add(self)
 
     def sent(self, handle: int) -> None:
@@ -108,12 +127,14 @@ class WorkerState:
         num_pulling = load.num_handoffs if described.role == DECODE else 0
         num_running, num_free_blocks = load.num_running, load.num_free_blocks
         waiting_tokens = waiting_pairs = 0
+        pull_tokens = load.num_pull_tokens
         if not load.HasField("model"):
             waiting_tokens = load.num_waiting_tokens
         for each in pending:
             waiting_tokens += each.tokens
             waiting_pairs += each.pairs
             num_free_blocks -= each.blocks
+            pull_tokens += each.pull_tokens
         return WorkerRow(
             described.block_size,
             described.num_blocks,
@@ -125,6 +146,7 @@ class WorkerState:
             load.queue_us / 1e6,
             waiting_tokens,
             waiting_pairs,
+            pull_tokens,
             len(pending),
         )
 

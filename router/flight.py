@@ -132,11 +132,7 @@ class Flight:
         self._attempt = Attempt(
             self._submit, self.stream, self, prefill=prefill, decode=decode, timeout_ms=self._timeout_ms
         )
-        self._attempt.start(
-            prefill_tokens=placed.prefill_tokens,
-            prefill_past=placed.prefill_past,
-            decode_blocks=placed.decode_blocks,
-        )
+        self._attempt.start(placed.on_prefill, placed.on_decode)
 
     def attempt_finished(self) -> None:
         self._finish()

@@ -6,7 +6,7 @@ a failed attempt, at last released.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from protos import worker_pb2 as pb
 from router.admission import Admission, AdmissionConfig
 from router.affinity import Affinity
-from router.cluster_view import WorkerState
+from router.cluster_view import Reservation, WorkerState
 from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
 from router.worker_table import Ints, WorkerTable
@@ -59,15 +59,14 @@ class PlacementConfig:
 
 @dataclass(frozen=True, slots=True)
 class Placed(Generic[C]):
-    """To reserve: `prefill_tokens`, after `prefill_past` cached ones, where it is prefilled, and `decode_blocks`."""
+    """To reserve: `on_prefill`, where there is a prefill worker, and `on_decode`."""
 
     candidate: C
     decision: RoutingDecision
     prefill: WorkerState | None
     decode: WorkerState
-    prefill_tokens: int
-    prefill_past: int
-    decode_blocks: int
+    on_prefill: Reservation
+    on_decode: Reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,17 +190,14 @@ class Placement(Generic[C]):
         self._note(candidate, facts, decision)
         decode = self._states[decision.decode]
         block_size = decode.description.block_size
-        matched_blocks = int(hits[self._slots[decision.decode]]) // block_size
+        matched = int(hits[self._slots[decision.decode]])
+        blocks = max(0, -(-facts.num_reserved_tokens // block_size) - matched // block_size)
         prefill_tokens = facts.num_uncached(decision.hit_tokens)
-        return Placed(
-            candidate,
-            decision,
-            None if decision.prefill is None else self._states[decision.prefill],
-            decode,
-            prefill_tokens,
-            facts.num_tokens - prefill_tokens,
-            max(0, -(-facts.num_reserved_tokens // block_size) - matched_blocks),
-        )
+        work = Reservation(prefill_tokens, facts.num_tokens - prefill_tokens)
+        if decision.prefill is None:
+            return Placed(candidate, decision, None, decode, Reservation(), replace(work, blocks=blocks))
+        pull = Reservation(blocks=blocks, pull_tokens=facts.num_tokens - matched)
+        return Placed(candidate, decision, self._states[decision.prefill], decode, work, pull)
 
     def _note(self, candidate: C, facts: RequestFacts, decision: RoutingDecision) -> None:
         if decision.prefill is not None:

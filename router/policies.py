@@ -19,10 +19,11 @@ from router.worker_table import Bools, Floats, Ints, Pool, WorkerTable
 # would leave most memory idle, since most answers end early; a worker preempts when the guess was too low.
 OUTPUT_RESERVE_TOKENS = 256
 
-# What a handoff costs, as prompt tokens that could be computed meanwhile: one more hop and the setup of a transfer,
-# and for each token moved, for a transfer hides behind prefill but takes bandwidth from others.
+# What a handoff costs before anything moves, as prompt tokens that could be computed meanwhile: one more hop and the
+# setup of a transfer.
 HANDOFF_TOKENS = 64
-TRANSFER_TOKENS = 0.1
+
+LINK_PRICE = 0.1  # of the time that a transfer takes from others
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,8 @@ class PrefixAware:
     """Least cost in seconds of all that a request causes: see docs/routing.md for the formula.
 
     The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (0: never; None: what
-    one of its steps computes) and that is cheaper, or when there is no prefill worker to pair it with.
+    one of its steps computes, and what takes longer to move than to compute) and that is cheaper, or when there is no
+    prefill worker to pair it with.
     """
 
     local_prefill_max_tokens: int | None = None
@@ -167,9 +169,13 @@ class PrefixAware:
             for fingerprint in range(table.num_fingerprints):
                 routes.pair(fingerprint, seconds, cost, there, uncached_here, table)
         most = self.local_prefill_max_tokens
-        local = ~routes.paired | (uncached_here <= (pool.max_batch_tokens if most is None else most))
+        cost = prefill_cost(num_tokens, uncached_here, pool, PrefillLoad(0.0, 0.0))
+        if most is None:  # nor is there a point in moving what takes longer to move than to compute
+            local = (uncached_here <= pool.max_batch_tokens) | (uncached_here * pool.transfer_token_s > cost.work)
+        else:
+            local = uncached_here <= most
+        local |= ~routes.paired
         if local.any():
-            cost = prefill_cost(num_tokens, uncached_here, pool, PrefillLoad(0.0, 0.0))
             # Every sequence that decodes here stands still meanwhile.
             seconds = cost.first + cost.work * pool.num_running
             seconds = np.where(local & (cost.first <= left), seconds, np.inf)
@@ -210,9 +216,11 @@ class _Routes:
         best = cheapest(seconds, table.turn)
         if seconds[best] == np.inf:
             return
-        token_s = prefill.prefill_token_s[best]
-        handoff = token_s * (HANDOFF_TOKENS + TRANSFER_TOKENS * uncached_here[same])
-        self.seconds[same] = seconds[best] + handoff
+        handoff = HANDOFF_TOKENS * prefill.prefill_token_s[best]
+        transfer = uncached_here[same] * pool.transfer_token_s[same]
+        moved = np.maximum(pool.pull_wait_s[same], prefill.wait_s[best]) + transfer
+        exposed = np.maximum(0.0, moved - cost.first[best])
+        self.seconds[same] = seconds[best] + handoff + exposed + LINK_PRICE * transfer
         self.first[same] = cost.first[best]
         self.work[same] = cost.work[best]
         self.partner[same] = best

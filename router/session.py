@@ -20,7 +20,7 @@ from engine.auth import metadata
 from engine.errors import WorkerLost
 from engine.wire import CHANNEL_OPTIONS
 from protos import worker_pb2 as pb
-from router.cluster_view import DECODE, PREFILL, WorkerState
+from router.cluster_view import DECODE, PREFILL, Reservation, WorkerState
 from router.index_lag import IndexLag
 from router.membership import Joined
 
@@ -118,12 +118,12 @@ class WorkerSession:
     def num_open(self) -> int:
         return len(self._sinks)
 
-    def open(self, sink: Sink, tokens: int, blocks: int, past: int) -> int:
+    def open(self, sink: Sink, part: Reservation) -> int:
         """Reserve room for a request that will be submitted; returns its handle. See WorkerState.reserve."""
         assert self.state is not None
         handle = next(self._handles)
         self._sinks[handle] = sink
-        self.state.reserve(handle, tokens, blocks, past)
+        self.state.reserve(handle, part)
         return handle
 
     def submit(self, handle: int, template: pb.Submit, timeout_ms: int, offer: bytes) -> None:

@@ -22,10 +22,13 @@ Bools = npt.NDArray[np.bool_]
 # Of an H200 with an 8B model: what workers are taken for until one of them has run some steps.
 REFERENCE = StepModel(base_s=0.0035, prefill_token_s=21e-6, pair_s=1e-9, decode_s=26e-6, kv_token_s=3e-8)
 
+# Of the time to compute a token, what its KV is taken to need to get to a decode worker that has pulled none yet.
+_TRANSFER_PART = 0.1
+
 _MIN_STEP_S = 1e-5  # steps are divided by
 
 _NUM_MODEL = 5  # columns
-_NUM_DERIVED = 6
+_NUM_DERIVED = 8
 _NUM_COLUMNS = len(WorkerRow._fields) + _NUM_MODEL + _NUM_DERIVED
 
 
@@ -62,18 +65,21 @@ class Pool:
         self.queue_s: Floats = columns[7]
         self.num_waiting_tokens: Floats = columns[8]
         self.num_waiting_pairs: Floats = columns[9]
-        self.num_pending: Floats = columns[10]
-        self.base_s: Floats = columns[11]
-        self.prefill_token_s: Floats = columns[12]
-        self.pair_s: Floats = columns[13]
-        self.decode_s: Floats = columns[14]
-        self.kv_token_s: Floats = columns[15]
-        self.wait_s: Floats = columns[16]  # until a prompt that comes now would begin
-        self.occupancy: Floats = columns[17]  # sequences, or as many as the used memory stands for if that is more
-        self.num_tokens: Floats = columns[18]  # that its blocks hold
-        self.seq_tokens: Floats = columns[19]  # of KV that a sequence has, on average
-        self.newcomer_s: Floats = columns[20]  # that one more sequence adds to a step, before its KV
-        self.step_s: Floats = columns[21]  # a decode step now
+        self.num_pull_tokens: Floats = columns[10]
+        self.num_pending: Floats = columns[11]
+        self.base_s: Floats = columns[12]
+        self.prefill_token_s: Floats = columns[13]
+        self.pair_s: Floats = columns[14]
+        self.decode_s: Floats = columns[15]
+        self.kv_token_s: Floats = columns[16]
+        self.wait_s: Floats = columns[17]  # until a prompt that comes now would begin
+        self.occupancy: Floats = columns[18]  # sequences, or as many as the used memory stands for if that is more
+        self.num_tokens: Floats = columns[19]  # that its blocks hold
+        self.seq_tokens: Floats = columns[20]  # of KV that a sequence has, on average
+        self.newcomer_s: Floats = columns[21]  # that one more sequence adds to a step, before its KV
+        self.step_s: Floats = columns[22]  # a decode step now
+        self.transfer_token_s: Floats = columns[23]  # of its link, for each token of KV that comes
+        self.pull_wait_s: Floats = columns[24]  # until what is on its way has come
         for state in states:
             self._write(state)
 
@@ -108,6 +114,7 @@ class Pool:
         if not model.prefill_token_s:
             prefiller = REFERENCE if self._prefillers is None else self._prefillers.typical_model
         base_s, token_s, pair_s = model.base_s, prefiller.prefill_token_s, prefiller.pair_s
+        transfer_token_s = state.transfer_token_s or _TRANSFER_PART * token_s
         wait_s = row.queue_s
         if row.num_waiting_tokens:
             wait_s += base_s + token_s * row.num_waiting_tokens + pair_s * row.num_waiting_pairs
@@ -128,6 +135,8 @@ class Pool:
             seq_tokens,
             newcomer_s,
             max(_MIN_STEP_S, base_s + row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)),
+            transfer_token_s,
+            transfer_token_s * row.num_pull_tokens,
         )
 
 

@@ -81,8 +81,7 @@ class SimulatedDecode:
             self._engine.leave(sequence)
 
     def add_load(self, load: pb.Load) -> None:
-        load.num_waiting += self._intake.num_waiting
-        load.num_handoffs = self._intake.num_pulling
+        self._intake.add_load(load)
 
     def _start_pull(self, entry: Entry) -> SimulatedPull:
         handoff = self._offers.pop(entry.request.id)
@@ -109,6 +108,7 @@ class SimulatedDecode:
         request = cast("SimulatedRequest", entry.request)
         said = self._worker.say(self._clients[request.id])
         said.handoff_done, said.num_bytes = True, pull.num_bytes
+        self._intake.moved(pull.num_tokens, self._link.take_busy())
         tokens = cast("tuple[int, ...]", range(len(request.token_ids) + 1))  # with the first of the answer
         self._engine.resume(replace(request, token_ids=tokens), entry.block_ids)
 

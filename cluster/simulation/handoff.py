@@ -47,6 +47,7 @@ class SimulatedPull:
     ) -> None:
         self.handoff = handoff
         self.num_bytes = 0
+        self.num_tokens = 0
         self.exposed_s = 0.0  # from the last announcement to the last byte
         self._sink = sink
         self._speed = speed
@@ -57,12 +58,14 @@ class SimulatedPull:
 
     def proceed(self, began: float, now: float) -> None:
         handoff = self.handoff
-        num_bytes = max(0, handoff.num_final_tokens - self._num_copied_tokens) * self._kv_bytes_per_token
-        if num_bytes:
+        num_tokens = handoff.num_final_tokens - self._num_copied_tokens
+        if num_tokens > 0:
+            num_bytes = num_tokens * self._kv_bytes_per_token
             end = transfer_end(num_bytes, began, now, handoff.source.link, self._sink, self._speed)
             self._done_at = max(self._done_at, end)
             self._num_copied_tokens = handoff.num_final_tokens
             self.num_bytes += num_bytes
+            self.num_tokens += num_tokens
         if handoff.complete:
             self._done_at = max(self._done_at, now)
             self.exposed_s = self._done_at - now

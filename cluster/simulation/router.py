@@ -179,13 +179,11 @@ class SimulatedRouter:
         flight.handoff_done = False
         worker = flight.decode = self._cluster.workers[placed.decision.decode]
         client = flight.decode_client = self._client(flight)
-        local = placed.prefill is None
-        tokens = placed.prefill_tokens if local else 0
-        placed.decode.reserve(client.handle, tokens, placed.decode_blocks, placed.prefill_past if local else 0)
+        placed.decode.reserve(client.handle, placed.on_decode)
         if placed.prefill is not None:
             worker = flight.prefill = self._cluster.workers[placed.prefill.worker_id]
             client = flight.prefill_client = self._client(flight)
-            placed.prefill.reserve(client.handle, placed.prefill_tokens, 0, placed.prefill_past)
+            placed.prefill.reserve(client.handle, placed.on_prefill)
         num_total = trace.num_prompt_tokens + trace.num_output_tokens
         request = flight.request = simulated_request(
             f"{trace.number}.{outcome.num_attempts}",

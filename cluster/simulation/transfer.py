@@ -1,4 +1,5 @@
 """How long KV travels: each worker's link carries one thing after the other, at the same time as the steps compute.
+A transfer that waits at one end does not keep the other end from working.
 
 The KV of a step is announced by groups of layers, evenly through the step, so only the last group's is exposed.
 """
@@ -19,6 +20,18 @@ class Link:
     """A worker's end of all its transfers."""
 
     free_at: float = 0.0
+    busy_s: float = 0.0
+
+    def take(self, began: float, seconds: float) -> float:
+        """The time of a transfer that may begin at `began`; returns when it ends."""
+        self.free_at = max(began, self.free_at) + seconds
+        self.busy_s += seconds
+        return self.free_at
+
+    def take_busy(self) -> float:
+        """Seconds of transfers since the last call."""
+        busy_s, self.busy_s = self.busy_s, 0.0
+        return busy_s
 
 
 def transfer_end(
@@ -26,5 +39,5 @@ def transfer_end(
 ) -> float:
     """When bytes that a step computed between `began` and `computed` are in place; takes the time of both links."""
     seconds = num_bytes / speed.bytes_per_s
-    source.free_at = sink.free_at = max(began, source.free_at, sink.free_at) + seconds
-    return max(source.free_at, computed + seconds / NUM_LAYER_GROUPS) + speed.latency_s
+    moved = max(source.take(began, seconds), sink.take(began, seconds))
+    return max(moved, computed + seconds / NUM_LAYER_GROUPS) + speed.latency_s

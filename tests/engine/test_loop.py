@@ -166,7 +166,7 @@ class Worker:
             theirs = source.detach(entry.request.id)[-len(fresh) :] if fresh else []
             for ours, block in zip(fresh, theirs, strict=True):
                 self.engine.executor.memory.block(ours)[:] = source.executor.memory.block(block)
-        pulled = Pulled(first.token_id, first.finish_reason is not None, len(fresh), 0, 0.0, 0.0, "test")
+        pulled = Pulled(first.token_id, first.finish_reason is not None, len(fresh), 0, 0.0, 0.0, 0.0, "test")
         return PullEnded(entry.request.id, pulled, None)
 
 

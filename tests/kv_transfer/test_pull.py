@@ -1,4 +1,5 @@
 from dataclasses import replace
+from time import monotonic
 
 import pytest
 
@@ -127,6 +128,20 @@ async def test_many_pulls_share_one_link() -> None:
             assert bytes(p.sink_memory.block(i)) == bytes(p.source_memory.block(blocks[0]))
         await p.until_released(16)
         assert len(p.source._links) == 1
+
+
+async def test_the_time_of_a_link_that_pulls_share_is_counted_once() -> None:
+    async with pair("tcp") as p:
+        opened = [p.open(40, name=f"r{i}") for i in range(2)]
+        tasks = [p.pull(offer, 40, blocks=range(32 * i, 32 * i + 10)) for i, (_, offer, _) in enumerate(opened)]
+        started = monotonic()
+        for lease_id, _, _ in opened:
+            p.source.finish(lease_id, FIRST_TOKEN, False)
+        pulls = [await task for task in tasks]
+        elapsed = monotonic() - started
+        link_seconds = sum(pull.link_seconds for pull in pulls)
+        assert max(pull.copy_seconds for pull in pulls) <= link_seconds <= elapsed
+        await p.until_released(2)
 
 
 async def test_large_prompts_are_announced_in_pieces_and_interleave() -> None:

@@ -9,6 +9,7 @@ from cluster.simulation.report import Slo, make_report
 from cluster.simulation.router import Outcome
 from cluster.simulation.simulation import Result, Setup, Simulation
 from cluster.simulation.trace import Trace, TraceRequest
+from cluster.simulation.transfer import TransferSpeed
 from router.policies import LeastLoaded, PrefixAware, RoundRobin
 from tests.cluster.simulation.small import KV_BYTES, LATENCY_S, NETWORK_S, make_setup, request, trace_of
 
@@ -138,6 +139,21 @@ def test_more_workers_serve_more_in_time() -> None:
         outcomes = run(make_setup(num_workers, num_workers), random_trace(5, num_requests=500)).outcomes
         kept.append(sum(slo.kept(each) for each in outcomes))
     assert kept[0] < kept[1] < kept[2]
+
+
+def test_where_links_are_slow_decode_workers_prefill_and_where_they_are_fast_they_do_not() -> None:
+    """A token takes 0.1 ms to compute, and 0.01 or 1 ms to move."""
+    slo, trace, kept, local = Slo(ttft_s=0.5, tpot_s=0.05), random_trace(3, num_requests=200), [], []
+    for policy in (PrefixAware, lambda: PrefixAware(local_prefill_max_tokens=0)):
+        for bytes_per_s in (1e8, 1e6):
+            setup = replace(make_setup(2, 2, policy=policy), speed=TransferSpeed(bytes_per_s, LATENCY_S))
+            outcomes = run(setup, trace).outcomes
+            kept.append(sum(slo.kept(each) for each in outcomes))
+            local.append(sum(each.prefill_worker is None for each in outcomes))
+    assert local[0] < 100 < local[1]
+    assert local[2:] == [0, 0]
+    assert kept[0] >= kept[2]
+    assert kept[1] > 2 * kept[3]
 
 
 def test_a_lease_that_no_decode_worker_opens_in_time_expires_and_the_request_is_tried_again() -> None:

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from router.cluster_view import Reservation
 from router.costs import PrefillLoad, decode_cost, prefill_cost
 from router.demand import Rate
 from router.policies import PrefixAware
@@ -62,7 +63,7 @@ def test_a_step_of_a_decode_worker_is_predicted_for_the_end_of_prefill():
 def test_sequences_on_their_way_are_there_by_then():
     decode = worker("d0", num_seqs=10)
     for handle in range(5):
-        decode.reserve(handle, 0, 10)
+        decode.reserve(handle, Reservation(blocks=10))
     pool = view(decode).decode
     assert decode_cost(1000, 100, np.zeros(1), pool, 1e9, 1000.0).step == pytest.approx([0.01 + 0.006], rel=1e-5)
 

@@ -92,11 +92,9 @@ class Cluster:
             outcomes.append(outcome)
             if isinstance(outcome, Placed):
                 self.handle += 1
-                prefiller = outcome.prefill or outcome.decode
                 if outcome.prefill is not None:
-                    outcome.prefill.reserve(self.handle, outcome.prefill_tokens, 0, outcome.prefill_past)
-                tokens = outcome.prefill_tokens if prefiller is outcome.decode else 0
-                outcome.decode.reserve(self.handle, tokens, outcome.decode_blocks, outcome.prefill_past)
+                    outcome.prefill.reserve(self.handle, outcome.on_prefill)
+                outcome.decode.reserve(self.handle, outcome.on_decode)
         return outcomes
 
     def place(self, *args, **facts) -> Placed[Prompt]:
@@ -142,7 +140,7 @@ def test_the_index_follows_events_clears_and_new_lives():
         placed = it.place(1600, prompt)
         for state in it.states.values():
             state.counted(it.handle)
-        assert placed.prefill_tokens + placed.prefill_past == 1600
+        assert placed.on_prefill.prefill_tokens + placed.on_prefill.prefill_past == 1600
         return placed.decision.prefill, placed.decision.hit_tokens
 
     it.placement.apply("p1", KvEvent(stored=tuple(prompt[:90])))
@@ -195,7 +193,9 @@ def test_a_hot_prefix_is_computed_elsewhere_once_its_holder_is_the_bottleneck():
         worker_id = placed.decision.prefill
         assert worker_id is not None
         start = max(it.clock.now, busy_until[worker_id])
-        busy_until[worker_id] = start + MODEL.prefill_seconds(placed.prefill_tokens, placed.prefill_past)
+        busy_until[worker_id] = start + MODEL.prefill_seconds(
+            placed.on_prefill.prefill_tokens, placed.on_prefill.prefill_past
+        )
         waits.append(busy_until[worker_id] - it.clock.now)
         it.placement.apply(worker_id, KvEvent(stored=tuple(prefix + own)))
         for state in it.states.values():
@@ -244,7 +244,7 @@ def test_the_next_turn_of_a_session_goes_where_the_last_one_was_before_the_index
     blocks_of_answer = 160 // BLOCK
     without = -(-(6400 + 200) // BLOCK)
     assert third.decision.decode == second.decision.decode
-    assert third.decode_blocks == without - 4800 // BLOCK - blocks_of_answer
+    assert third.on_decode.blocks == without - 4800 // BLOCK - blocks_of_answer
 
 
 def test_a_session_that_paused_is_believed_to_be_where_the_index_says():

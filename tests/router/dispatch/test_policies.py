@@ -8,7 +8,7 @@ import pytest
 from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
-from router.cluster_view import WorkerState
+from router.cluster_view import Reservation, WorkerState
 from router.policies import LeastLoaded, PrefixAware, RequestFacts, RoundRobin, RoutingDecision, RoutingPolicy
 from router.worker_table import WorkerTable
 
@@ -26,6 +26,8 @@ def worker(
     model: StepModel | None = MODEL,
     queue_s: float = 0.0,
     num_waiting_tokens: int = 0,
+    transfer_token_s: float = 0.0,
+    num_pull_tokens: int = 0,
 ) -> WorkerState:
     description = pb.Description(
         role="prefill" if worker_id.startswith("p") else "decode",
@@ -42,6 +44,8 @@ def worker(
             num_free_blocks=num_free_blocks,
             queue_us=round(queue_s * 1e6),
             num_waiting_tokens=num_waiting_tokens,
+            transfer_token_s=transfer_token_s,
+            num_pull_tokens=num_pull_tokens,
             model=None if model is None else model_to_pb(model),
         )
     )
@@ -170,7 +174,7 @@ def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
     exact = StepModel(0.5, 0.25, 0.0, 0.125, 0.0)  # floats that the wire does not round
     state.report(pb.Load(num_waiting_tokens=1000, queue_us=3_000_000, model=model_to_pb(exact), turn=2))
     assert queue() == (model_to_pb(exact), 3.0, 0)
-    state.reserve(1, 8, 0)
+    state.reserve(1, Reservation(8))
     assert queue() == (model_to_pb(exact), 3.0, 8)
 
 
@@ -220,6 +224,38 @@ def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_pref
     assert pick(PrefixAware(local_prefill_max_tokens=72), 928) is None  # more than one step of 64 tokens, if asked
 
 
+@pytest.mark.parametrize(
+    ("part", "expected"),  # of the time to compute a token, the time to move one
+    [(0.0, "p0"), (0.5, "p0"), (0.9, "p0"), (1.1, "p0"), (2.5, None), (float("inf"), "p0"), (float("nan"), "p0")],
+)
+def test_what_takes_much_longer_to_move_than_to_compute_is_prefilled_locally_also_in_many_steps(part, expected):
+    decode = worker("d0", num_seqs=1, transfer_token_s=part * TOKEN_S)
+    assert choose(PrefixAware(), facts(), {}, view(worker("p0"), decode)).prefill == expected
+    assert choose(PrefixAware(local_prefill_max_tokens=999), facts(), {}, view(worker("p0"), decode)).prefill == "p0"
+
+
+def test_a_transfer_hides_behind_prefill_and_the_queue_of_a_link_behind_that_for_prefill():
+    def pick(link: int, queue_s: float = 0.0, cached: int = 0) -> str:
+        idle = worker("d0", transfer_token_s=TOKEN_S / 2, num_pull_tokens=link)
+        busy = worker("d1", transfer_token_s=TOKEN_S / 2, num_seqs=1)  # a sequence more costs 0.3 s
+        policy = PrefixAware(local_prefill_max_tokens=0)
+        return choose(policy, facts(), {"p0": cached}, view(worker("p0", queue_s=queue_s), idle, busy)).decode
+
+    assert pick(900) == "d0"  # 0.45 s of queue and 0.5 s of transfer, behind 1 s of prefill
+    assert pick(3000) == "d1"
+    assert pick(3000, queue_s=1.5) == "d0"
+    assert pick(900, cached=960) == "d1"  # with nothing to hide behind
+
+
+def test_tokens_to_pull_count_from_the_decision_on():
+    state = worker("d0", transfer_token_s=0.25, num_pull_tokens=8)
+    assert view(state).decode.pull_wait_s[0] == 2.0
+    state.reserve(1, Reservation(pull_tokens=4))
+    assert view(state).decode.pull_wait_s[0] == 3.0
+    state.counted(1)
+    assert view(state).decode.pull_wait_s[0] == 2.0
+
+
 def test_a_burst_between_two_reports_spreads_over_the_workers():
     states = [
         WorkerState(
@@ -237,8 +273,8 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
     chosen = []
     for turn in range(8):
         decision = choose(PrefixAware(), facts(), {}, view(*states), turn)
-        by_id[decision.prefill].reserve(turn, 1000, 0)
-        by_id[decision.decode].reserve(turn, 0, 63)
+        by_id[decision.prefill].reserve(turn, Reservation(1000))
+        by_id[decision.decode].reserve(turn, Reservation(blocks=63))
         chosen += [decision.prefill, decision.decode]
     assert {each: chosen.count(each) for each in chosen} == {"p0": 4, "p1": 4, "d0": 4, "d1": 4}
 
@@ -251,7 +287,7 @@ def test_a_reservation_counts_until_the_workers_own_report_covers_it():
         state.report(pb.Load(num_free_blocks=100, turn=turn or next(turns)))
 
     report()
-    state.reserve(1, 500, 40)
+    state.reserve(1, Reservation(500, blocks=40))
     for _ in range(3):  # not sent yet: no report can know it
         report()
         assert (state.row().num_seqs, state.row().num_free_blocks, state.row().num_waiting_tokens) == (1, 60, 500)
@@ -261,7 +297,7 @@ def test_a_reservation_counts_until_the_workers_own_report_covers_it():
     assert state.row().num_pending == 1
     report(8)
     assert state.row().num_pending == 0
-    state.reserve(2, 0, 10)
+    state.reserve(2, Reservation(blocks=10))
     state.counted(2)
     state.counted(2)
     assert (state.row().num_seqs, state.row().seq_limit) == (0, 6)

@@ -6,6 +6,7 @@ from collections import deque
 import pytest
 
 from engine.step_model import StepModel
+from router.cluster_view import Reservation
 from router.policies import PrefixAware, Reject, RequestFacts, RoutingDecision
 from router.worker_table import WorkerTable
 from tests.router.dispatch.test_policies import choose, facts, view, worker
@@ -106,7 +107,7 @@ def decoding_over_time(rule: Naive | Predicting) -> list[int]:
         decoding = [left - 0.1 / step for left in decoding if left > 0.1 / step]
         decode = worker("d0", num_seqs=len(decoding), model=MODEL)
         for number in range(len(on_their_way)):
-            decode.reserve(number, 0, 1)
+            decode.reserve(number, Reservation(blocks=1))
         table = view(decode, worker("p0", model=MODEL))
         table.demand.mean_output = 1000.0
         if rule.admits(table, asked):
