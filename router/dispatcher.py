@@ -331,6 +331,8 @@ class Dispatcher:
                 "num_waiting": load.num_waiting,
                 "num_waiting_tokens": load.num_waiting_tokens,
                 "num_handoffs": load.num_handoffs,
+                "queue_s": round(load.queue_us / 1e6, 6),
+                "transfer_token_s": state.transfer_token_s,
                 "draining": load.draining,
                 "indexed_blocks": self._placement.num_blocks(member.worker_id),
                 "index_lag_s": round(session.index_lag.last_s, 6),

@@ -82,7 +82,7 @@ async def server(args: argparse.Namespace) -> AsyncIterator[str]:
             "quantization": args.quantization,
             "kv_cache": {"dtype": args.kv_cache_dtype},
             "transfer": {"transport": args.transport},
-            "router": {"port": 0},
+            "router": {"port": 0, "local_prefill_max_tokens": DECODE_INPUT},
             "run_dir": str(Path(folder) / "run"),
         }
         async with LocalCluster(parse_spec(fields)) as cluster:

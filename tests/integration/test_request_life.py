@@ -99,6 +99,20 @@ async def test_leaving_at_any_moment_returns_every_block(transport: str) -> None
         await cluster.quiesce()
 
 
+async def test_a_decode_worker_tells_how_long_kv_takes_to_come_and_the_prefill_worker_tells_nothing() -> None:
+    async with running_cluster(executor) as cluster:
+        assert cluster.decode[0].loop.current_load().transfer_token_s == 0.0
+        streams = [cluster.start(prompt_of(400, seed), PARAMS) for seed in range(8)]
+        for stream in streams:
+            assert [delta async for delta in stream]
+        await cluster.quiesce()
+        told = cluster.decode[0].loop.current_load()
+        copied = sum(stream.timeline.transfer_s for stream in streams)
+        assert 0.0 < told.transfer_token_s < 1.5 * copied / (8 * 400)  # pulls that ran at once share the time
+        assert told.num_pull_tokens == 0
+        assert cluster.prefill[0].loop.current_load().transfer_token_s == 0.0
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 20])
 async def test_leaving_after_some_tokens_returns_every_block(num_tokens: int) -> None:
     async with running_cluster(executor) as cluster:
