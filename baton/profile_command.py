@@ -2,6 +2,7 @@
 
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.spec import ClusterSpec, PoolSettings, Role
+from cluster.spec import ROLES, ClusterSpec, PoolSettings, Role
 from cluster.spec_file import load_spec
 from engine.step_profile import Measurements
 
@@ -44,6 +45,8 @@ def profile_command(
     loaded = load_spec(spec)
     command = f"baton profile {spec} --role {role}{' --quick' if quick else ''}"
     pool = found_pool(loaded, "prefill" if role == "prefill" else "decode")
+    # Whatever a worker of either pool may compute in a step.
+    pool = replace(pool, max_batch_tokens=max(found_pool(loaded, each).max_batch_tokens for each in ROLES))
     measured = profile_worker(loaded, pool, console, command, quick=quick)
     out.write_text(measured.to_json(), encoding="utf-8")
     counts = f"{len(measured.prefill)} prefill, {len(measured.decode)} decode and {len(measured.mixed)} mixed steps"

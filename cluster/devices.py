@@ -12,15 +12,21 @@ Device = Literal["auto", "cpu", "cuda"]
 FoundDevice = Literal["cpu", "cuda"]
 
 MAX_BATCH_TOKENS: Mapping[FoundDevice, int] = {"cpu": 512, "cuda": 8192}
+# Of workers whose clients read along: a token may be as late as a step is long. 1024 keep a GPU as busy as 8192 do.
+MAX_STREAMING_TOKENS = 1024
 MAX_NUM_SEQS: Mapping[FoundDevice, int] = {"cpu": 64, "cuda": 256}
 HOST_KV_BYTES = 1 << 30
 GPU_MEMORY_FRACTION = 0.9  # of a GPU, for all workers on it: the rest is other processes', and what fragments
 GPU_FILE = re.compile(r"nvidia\d+")
 
 
-def step_limits(device: FoundDevice, max_batch_tokens: int | None, max_num_seqs: int | None) -> tuple[int, int]:
-    """Both limits. What is None gets the device's default, moved to where the other one allows it."""
-    tokens = max_batch_tokens or max(MAX_BATCH_TOKENS[device], max_num_seqs or 0)
+def step_limits(
+    device: FoundDevice, max_batch_tokens: int | None, max_num_seqs: int | None, *, streams: bool = False
+) -> tuple[int, int]:
+    """Both limits. What is None gets the device's default, moved to where the other one allows it. `streams`: of a
+    decode worker."""
+    default = min(MAX_BATCH_TOKENS[device], MAX_STREAMING_TOKENS) if streams else MAX_BATCH_TOKENS[device]
+    tokens = max_batch_tokens or max(default, max_num_seqs or 0)
     return tokens, max_num_seqs or min(MAX_NUM_SEQS[device], tokens)
 
 

@@ -98,7 +98,9 @@ class Section(BaseModel):
 
 class SchedulerSpec(Section):
     max_batch_tokens: Count | None = Field(
-        None, description="tokens one step may compute, prefill and decode together; null: 512 on a CPU, 8192 on a GPU"
+        None,
+        description="tokens one step may compute, prefill and decode together; null: 512 on a CPU, on a GPU 8192 in "
+        "prefill workers and 1024 in decode workers",
     )
     max_num_seqs: Count | None = Field(
         None, description="sequences one worker runs at a time; null: 64 on a CPU, 256 on a GPU"
@@ -149,7 +151,7 @@ class RouterSpec(Section):
         None,
         ge=0,
         description="the decode worker may prefill prompts with at most this many tokens to compute, where that is "
-        "cheaper than a handoff; null: its scheduler.max_batch_tokens, and what takes longer to move than to compute",
+        "cheaper than a handoff; null: any number; 0: never",
     )
     slo: SloSpec = Field(
         SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429 at once"
@@ -263,7 +265,9 @@ class ClusterSpec(Section):
             device = "cpu"
         found: FoundDevice = auto if device == "auto" else device
         steps = _overridden(self.scheduler, pool.scheduler)
-        max_batch_tokens, max_num_seqs = step_limits(found, steps.max_batch_tokens, steps.max_num_seqs)
+        max_batch_tokens, max_num_seqs = step_limits(
+            found, steps.max_batch_tokens, steps.max_num_seqs, streams=role == "decode"
+        )
         kv_cache = _kv_cache(self.kv_cache, pool.kv_cache)
         return PoolSettings(
             role=role,

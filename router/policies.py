@@ -112,9 +112,8 @@ class LeastLoaded:
 class PrefixAware:
     """Least cost in seconds of all that a request causes: see docs/routing.md for the formula.
 
-    The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (0: never; None: what
-    one of its steps computes, and what takes longer to move than to compute) and that is cheaper, or when there is no
-    prefill worker to pair it with.
+    The decode worker prefills by itself when it lacks at most `local_prefill_max_tokens` tokens (None: any number),
+    that is cheaper, and its first token is no later; or when there is no prefill worker to pair it with.
     """
 
     local_prefill_max_tokens: int | None = None
@@ -168,14 +167,10 @@ class PrefixAware:
                 seconds = np.where(cost.first <= left, seconds, np.inf)
             for fingerprint in range(table.num_fingerprints):
                 routes.pair(fingerprint, seconds, cost, there, uncached_here, table)
-        most = self.local_prefill_max_tokens
-        cost = prefill_cost(num_tokens, uncached_here, pool, PrefillLoad(0.0, 0.0))
-        if most is None:  # nor is there a point in moving what takes longer to move than to compute
-            local = (uncached_here <= pool.max_batch_tokens) | (uncached_here * pool.transfer_token_s > cost.work)
-        else:
-            local = uncached_here <= most
-        local |= ~routes.paired
+        most = np.inf if self.local_prefill_max_tokens is None else self.local_prefill_max_tokens
+        local = ~routes.paired | (uncached_here <= most)
         if local.any():
+            cost = prefill_cost(num_tokens, uncached_here, pool, PrefillLoad(0.0, 0.0))
             # Every sequence that decodes here stands still meanwhile.
             seconds = cost.first + cost.work * pool.num_running
             seconds = np.where(local & (cost.first <= left), seconds, np.inf)
@@ -185,12 +180,14 @@ class PrefixAware:
 
 class _Routes:
     """By decode worker: `seconds` until the first token and of delay to other prompts (inf: no way in time), when the
-    `first` token is there, the `partner` that prefills (-1: none) and the `work` that is."""
+    `first` token is there and when the second may be `begun`, the `partner` that prefills (-1: none) and the `work`
+    that is."""
 
     def __init__(self, pool: Pool) -> None:
         size = len(pool)
         self.seconds: Floats = np.full(size, np.inf)
         self.first: Floats = np.zeros(size)
+        self.begun: Floats = np.full(size, np.inf)
         self.work: Floats = np.zeros(size)
         self.partner: Ints = np.full(size, -1, np.intp)
         self.paired: Bools = np.zeros(size, np.bool_)  # there is a prefill worker for it, perhaps none in time
@@ -222,11 +219,13 @@ class _Routes:
         exposed = np.maximum(0.0, moved - cost.first[best])
         self.seconds[same] = seconds[best] + handoff + exposed + LINK_PRICE * transfer
         self.first[same] = cost.first[best]
+        self.begun[same] = cost.first[best] + handoff + exposed
         self.work[same] = cost.work[best]
         self.partner[same] = best
 
     def prefill_here(self, seconds: Floats, cost: PrefillCost) -> None:
-        better = seconds <= self.seconds
+        # Else one decode worker would get all long prompts once prefill workers are full, and they would wait there.
+        better = (seconds <= self.seconds) & (cost.first <= self.begun)
         self.partner = np.where(better, -1, self.partner)
         for mine, other in ((self.seconds, seconds), (self.first, cost.first), (self.work, cost.work)):
             np.copyto(mine, other, where=better)

@@ -52,7 +52,6 @@ class Pool:
         self.fingerprint: Ints = np.array(
             [fingerprints.setdefault(state.description.fingerprint, len(fingerprints)) for state in states], np.intp
         )
-        self.max_batch_tokens: Ints = np.array([state.description.max_batch_tokens for state in states], np.intp)
         columns: Floats = np.empty((_NUM_COLUMNS, len(states)))
         self._columns = columns
         self.block_size: Floats = columns[0]

@@ -168,6 +168,8 @@ def test_what_a_spec_leaves_open_the_device_decides() -> None:
     assert (on_cpu.device, on_cpu.max_batch_tokens, on_cpu.max_num_seqs, on_cpu.kv_memory) == ("cpu", 512, 64, 1 << 30)
     assert (on_gpu.device, on_gpu.max_batch_tokens, on_gpu.max_num_seqs, on_gpu.kv_memory) == ("cuda", 8192, 256, None)
     assert on_gpu.gpu_memory_fraction == 0.5
+    streams = parse_spec({"model": "tiny"}).pool("decode", "cuda")
+    assert (streams.max_batch_tokens, streams.max_num_seqs) == (1024, 256)
     assert spec.pool("decode", "cuda").device == "cpu"
     assert parse_spec({"model": "tiny", "engine": "simulated"}).pool("decode", "cuda").device == "cpu"
 

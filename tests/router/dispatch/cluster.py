@@ -151,7 +151,7 @@ async def cluster(
     )
     dispatcher = ObservedDispatcher(
         membership,
-        policy or PrefixAware(),
+        policy or PrefixAware(local_prefill_max_tokens=64),
         config,
         model="model",
         token="secret",

@@ -111,7 +111,6 @@ class FakeWorker:
             block_size=block_size,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
-            max_batch_tokens=64,
         )
         self._signal, self._token, self._heartbeat_s = signal, token, heartbeat_s
         self._sessions: set[_Session] = set()

@@ -37,7 +37,7 @@ def test_work_costs_others_the_more_the_fuller_the_pool():
 
 def test_a_second_of_work_is_dearer_than_a_second_of_waiting_where_the_pool_is_full():
     def pick(table) -> str | None:
-        return choose(PrefixAware(), facts(), {"p0": 800}, table).prefill
+        return choose(PrefixAware(local_prefill_max_tokens=64), facts(), {"p0": 800}, table).prefill
 
     def table(queue: float):
         return view(worker("p0", queue_s=queue + 1.0), worker("p1", queue_s=queue), worker("d0"))
@@ -103,7 +103,7 @@ def test_requests_go_where_memory_will_be():
     full = worker("d0", num_seqs=8, num_free_blocks=100)
     table = view(worker("p0", queue_s=5.0), full, worker("d1", num_seqs=9, num_free_blocks=900))
     table.demand.mean_output = 1e6  # what runs goes on, and grows
-    assert choose(PrefixAware(), facts(), {}, table).decode == "d1"
+    assert choose(PrefixAware(local_prefill_max_tokens=64), facts(), {}, table).decode == "d1"
 
 
 def test_a_rate_is_exact_for_a_steady_flow_and_follows_a_change():

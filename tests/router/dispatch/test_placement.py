@@ -45,7 +45,7 @@ class Cluster:
 
     ids: Sequence[str]
     config: PlacementConfig = field(default_factory=PlacementConfig)
-    policy: PrefixAware = field(default_factory=PrefixAware)
+    policy: PrefixAware = field(default_factory=lambda: PrefixAware(local_prefill_max_tokens=64))
     num_seqs: int = 256
 
     def __post_init__(self) -> None:
@@ -64,7 +64,6 @@ class Cluster:
             block_size=BLOCK,
             num_blocks=10_000,
             max_num_seqs=self.num_seqs,
-            max_batch_tokens=64,
         )
         self.states[worker_id] = self.placement.attach(worker_id, described, hashes)
 

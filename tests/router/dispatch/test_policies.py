@@ -12,7 +12,9 @@ from router.cluster_view import Reservation, WorkerState
 from router.policies import LeastLoaded, PrefixAware, RequestFacts, RoundRobin, RoutingDecision, RoutingPolicy
 from router.worker_table import WorkerTable
 
-POLICIES = [RoundRobin(), LeastLoaded(), PrefixAware()]
+# Longer prompts go to the prefill workers; where that is not what a test is about.
+PREFIX_AWARE = PrefixAware(local_prefill_max_tokens=64)
+POLICIES = [RoundRobin(), LeastLoaded(), PREFIX_AWARE]
 TOKEN_S = 0.001
 MODEL = StepModel(base_s=0.01, prefill_token_s=TOKEN_S, pair_s=0.0, decode_s=TOKEN_S, kv_token_s=0.0)
 
@@ -35,7 +37,6 @@ def worker(
         block_size=16,
         num_blocks=1000,
         max_num_seqs=64,
-        max_batch_tokens=64,
     )
     state = WorkerState(worker_id, description, 1.5, set())
     state.report(
@@ -95,7 +96,7 @@ def test_a_decode_worker_without_blocks_or_slots_gets_nothing(policy):
 
 def test_blocks_already_on_the_decode_worker_need_no_room():
     nearly_full = worker("d0", num_seqs=1, num_free_blocks=10)
-    assert choose(PrefixAware(), facts(), {"d0": 992}, view(nearly_full)).decode == "d0"
+    assert choose(PREFIX_AWARE, facts(), {"d0": 992}, view(nearly_full)).decode == "d0"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -135,7 +136,7 @@ def test_fingerprints_of_a_pair_are_equal(policy):
 def test_prefix_aware_goes_where_the_prefix_is_until_the_queue_there_is_longer():
     def pick(queue: int) -> str | None:
         workers = view(worker("p0", queue_s=queue * TOKEN_S), worker("p1"), worker("d0"))
-        return choose(PrefixAware(), facts(), {"p0": 800}, workers).prefill
+        return choose(PREFIX_AWARE, facts(), {"p0": 800}, workers).prefill
 
     assert (pick(0), pick(799), pick(801)) == ("p0", "p0", "p1")
 
@@ -145,13 +146,13 @@ def test_a_fast_worker_is_worth_a_wait_and_a_long_past_is_not_free():
 
     def pick(queue: int, **matches: int) -> str | None:
         workers = view(worker("p0", model=fast, queue_s=queue * TOKEN_S), worker("p1"), worker("d0"))
-        return choose(PrefixAware(), facts(), matches, workers).prefill
+        return choose(PREFIX_AWARE, facts(), matches, workers).prefill
 
     assert (pick(740), pick(760)) == ("p0", "p1")
     assert pick(600, p1=496) == "p1"
     attentive = dataclasses.replace(MODEL, pair_s=TOKEN_S / 100)  # then 500 tokens after 500 take as long as ever
     workers = view(worker("p0", model=attentive), worker("p1", queue_s=0.4), worker("d0"))
-    assert choose(PrefixAware(), facts(), {"p0": 496, "p1": 496}, workers).prefill == "p1"
+    assert choose(PREFIX_AWARE, facts(), {"p0": 496, "p1": 496}, workers).prefill == "p1"
 
 
 def test_a_newcomer_goes_where_it_delays_the_decoding_least():
@@ -159,8 +160,8 @@ def test_a_newcomer_goes_where_it_delays_the_decoding_least():
     long = dataclasses.replace(MODEL, kv_token_s=TOKEN_S / 100)
     for other in (slow, long):
         few = worker("d0", model=other, num_seqs=3)
-        assert choose(PrefixAware(), facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=8))).decode == "d1"
-        assert choose(PrefixAware(), facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=40))).decode == "d0"
+        assert choose(PREFIX_AWARE, facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=8))).decode == "d1"
+        assert choose(PREFIX_AWARE, facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=40))).decode == "d0"
 
 
 def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
@@ -178,7 +179,7 @@ def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
     assert queue() == (model_to_pb(exact), 3.0, 8)
 
 
-@pytest.mark.parametrize("policy", [LeastLoaded(), PrefixAware()])
+@pytest.mark.parametrize("policy", [LeastLoaded(), PREFIX_AWARE])
 def test_a_worker_that_has_not_run_is_taken_for_one_like_the_others(policy):
     slow = dataclasses.replace(MODEL, prefill_token_s=1.0)
 
@@ -196,20 +197,20 @@ def test_a_worker_that_has_not_run_is_taken_for_one_like_the_others(policy):
 def test_a_decode_worker_that_never_prefilled_does_not_seem_to_do_it_for_nothing():
     never = dataclasses.replace(MODEL, prefill_token_s=0.0)
     busy = view(worker("p0"), worker("d0", model=never, queue_s=50 * TOKEN_S))
-    assert choose(PrefixAware(), facts(), {"d0": 944, "p0": 992}, busy).prefill == "p0"
+    assert choose(PREFIX_AWARE, facts(), {"d0": 944, "p0": 992}, busy).prefill == "p0"
 
 
 def test_requests_spread_even_where_one_more_sequence_seems_to_cost_nothing():
     free = dataclasses.replace(MODEL, decode_s=0.0)
     workers = view(worker("p0"), worker("d0", model=free, num_seqs=40), worker("d1", model=free))
-    assert choose(PrefixAware(), facts(), {}, workers).decode == "d1"
+    assert choose(PREFIX_AWARE, facts(), {}, workers).decode == "d1"
 
 
 def test_prefix_aware_prefers_the_decode_worker_that_holds_the_prefix_while_loads_are_equal():
     decoders = [worker("d0"), worker("d1")]
-    assert choose(PrefixAware(), facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d1"
+    assert choose(PREFIX_AWARE, facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d1"
     decoders[1] = worker("d1", num_seqs=10)
-    assert choose(PrefixAware(), facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d0"
+    assert choose(PREFIX_AWARE, facts(), {"d1": 640}, view(worker("p0"), *decoders)).decode == "d0"
 
 
 def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_prefilling():
@@ -217,21 +218,36 @@ def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_pref
         workers = view(worker("p0"), worker("d0", queue_s=waiting * TOKEN_S))
         return choose(policy, facts(), {"d0": matched, "p0": 992}, workers).prefill
 
-    assert pick(PrefixAware(), 944) is None
-    assert pick(PrefixAware(), 928) == "p0"
-    assert pick(PrefixAware(), 944, waiting=500) == "p0"
+    assert pick(PREFIX_AWARE, 944) is None
+    assert pick(PREFIX_AWARE, 928) == "p0"
+    assert pick(PREFIX_AWARE, 944, waiting=500) == "p0"
     assert pick(PrefixAware(local_prefill_max_tokens=0), 992) == "p0"
     assert pick(PrefixAware(local_prefill_max_tokens=72), 928) is None  # more than one step of 64 tokens, if asked
 
 
 @pytest.mark.parametrize(
     ("part", "expected"),  # of the time to compute a token, the time to move one
-    [(0.0, "p0"), (0.5, "p0"), (0.9, "p0"), (1.1, "p0"), (2.5, None), (float("inf"), "p0"), (float("nan"), "p0")],
+    [(0.0, "p0"), (0.5, "p0"), (1.1, "p0"), (2.5, None), (float("inf"), "p0"), (float("nan"), "p0")],
 )
-def test_what_takes_much_longer_to_move_than_to_compute_is_prefilled_locally_also_in_many_steps(part, expected):
+def test_what_takes_much_longer_to_move_than_to_compute_is_prefilled_locally(part, expected):
     decode = worker("d0", num_seqs=1, transfer_token_s=part * TOKEN_S)
     assert choose(PrefixAware(), facts(), {}, view(worker("p0"), decode)).prefill == expected
     assert choose(PrefixAware(local_prefill_max_tokens=999), facts(), {}, view(worker("p0"), decode)).prefill == "p0"
+
+
+def test_full_prefill_workers_are_helped_by_decode_workers_but_nobody_waits_longer_there_than_in_their_queue():
+    def pick(prefill_wait: float, decode_wait: float, num_seqs: int = 5) -> str | None:
+        table = view(worker("p0", queue_s=prefill_wait), worker("d0", queue_s=decode_wait, num_seqs=num_seqs))
+        for second in range(60):  # three times as much as the prefill worker can compute
+            table.demand.placed(3.0, float(second))
+        table.now, table.num_own = 60.0, num_seqs
+        return choose(PrefixAware(), facts(), {}, table).prefill
+
+    assert pick(0.0, 0.0) == "p0"
+    assert pick(1.0, 0.0) is None
+    assert pick(1.0, 0.0, num_seqs=60) == "p0"
+    assert pick(1.0, 0.9) is None
+    assert pick(1.0, 1.3) == "p0"
 
 
 def test_a_transfer_hides_behind_prefill_and_the_queue_of_a_link_behind_that_for_prefill():
@@ -272,7 +288,7 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
     by_id = {state.worker_id: state for state in states}
     chosen = []
     for turn in range(8):
-        decision = choose(PrefixAware(), facts(), {}, view(*states), turn)
+        decision = choose(PREFIX_AWARE, facts(), {}, view(*states), turn)
         by_id[decision.prefill].reserve(turn, Reservation(1000))
         by_id[decision.decode].reserve(turn, Reservation(blocks=63))
         chosen += [decision.prefill, decision.decode]

@@ -17,7 +17,7 @@ MODEL = StepModel(base_s=0.01, prefill_token_s=0.001, pair_s=0.0, decode_s=0.001
 
 def outcome(table: WorkerTable, now: float = 0.0, **changes) -> RoutingDecision | Reject | None:
     table.now = now
-    return choose(PrefixAware(), facts(**changes), {}, table)
+    return choose(PrefixAware(local_prefill_max_tokens=64), facts(**changes), {}, table)
 
 
 def test_a_request_that_no_queue_lets_through_in_time_is_rejected():
@@ -32,7 +32,7 @@ def test_a_worker_that_is_late_is_not_used_even_if_it_costs_the_least():
     table = view(worker("p0", queue_s=1.5), worker("p1", queue_s=0.0), worker("d0"))
     cached = {"p0": 992}
     table.now = 0.0
-    slow = choose(PrefixAware(), facts(ttft_s=1.2), cached, table)
+    slow = choose(PrefixAware(local_prefill_max_tokens=64), facts(ttft_s=1.2), cached, table)
     assert (slow.prefill, slow.ttft_s) == ("p1", pytest.approx(1.01, abs=0.001))
 
 
@@ -87,7 +87,7 @@ class Naive:
 
 class Predicting:
     def admits(self, table: WorkerTable, asked: RequestFacts) -> bool:
-        return isinstance(choose(PrefixAware(), asked, {}, table), RoutingDecision)
+        return isinstance(choose(PrefixAware(local_prefill_max_tokens=64), asked, {}, table), RoutingDecision)
 
 
 def decoding_over_time(rule: Naive | Predicting) -> list[int]:
