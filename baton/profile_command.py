@@ -29,7 +29,7 @@ def profile_command(
 ) -> None:
     """Measure how long a worker's steps take.
 
-    For simulations: prefill, decode and mixed steps over the sizes that fit its scheduler's limits and its memory.
+    For simulations: prefill, decode and mixed steps over the sizes that fit its memory and a step of either pool.
     Nothing else should run on the device meanwhile. How KV moves between workers is not measured: the field `transfer`
     of the file is null until somebody puts the link's figures there.
     """

@@ -124,8 +124,7 @@ class PrefixAware:
         hits_here = hits[pool.rows]
         needed = blocks_needed(facts, hits_here, pool)
         able = with_room(facts, needed, pool)
-        has_room = bool(able.any())
-        if not has_room and facts.ttft_s is None:
+        if facts.ttft_s is None and not able.any():
             return None
         routes = self._routes(facts, hits, hits_here, table)
         decode = decode_cost(
@@ -137,14 +136,11 @@ class PrefixAware:
                 in_time &= decode.step <= facts.tpot_s
             if not in_time.any():
                 late = facts.ttft_s is not None and table.now - facts.arrived >= facts.ttft_s
-                if not late and _idle(
-                    table
-                ):  # nobody would wait for it, and what is believed of idle workers may be wrong
+                if not late and _idle(table):  # what is believed of them may be wrong, and nobody would wait
                     return self.choose(replace(facts, ttft_s=None, tpot_s=None), hits, table)
                 return Reject("no worker can serve the request in time")
             able &= in_time
-            has_room = bool(able.any())
-        if not has_room:
+        if not able.any():
             return None
         costs = np.where(able, routes.seconds + decode.total, np.inf)
         best = cheapest(costs, table.turn)
