@@ -189,6 +189,7 @@ class Dispatcher:
                 yield worker_id, session.index_lag.last_s, session.state.load.num_cached_blocks - indexed
 
     def session_reported(self, session: WorkerSession) -> None:
+        self._placement.reported()
         if self._placement.num_waiting and session.member.role == DECODE:
             self._pump()
             self._watch_absence()

@@ -19,6 +19,8 @@ from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
 from router.worker_table import Ints, WorkerTable
 
+_MAX_DIRTY = 16  # workers whose reports wait for a decision, which saves work where reports come more often
+
 
 class Candidate(Protocol):
     """Hashable by identity."""
@@ -136,6 +138,11 @@ class Placement(Generic[C]):
             self._index.close(self._slots[worker_id])
             self._open_slot(self._states[worker_id])
         self._index.apply(self._slots[worker_id], event.stored, event.removed)
+
+    def reported(self) -> None:
+        """A worker has. What several report is taken in before a decision has to wait for all of it."""
+        if len(self._table.dirty) >= _MAX_DIRTY:
+            self._table.refresh()
 
     def add(self, candidate: C) -> None:
         facts = candidate.facts()

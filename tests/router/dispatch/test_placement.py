@@ -175,6 +175,16 @@ def test_what_does_not_fit_in_the_queue_is_refused_newest_first():
     assert [each.candidate for each in it.pump()] == [first, fifth]
 
 
+def test_a_decision_never_waits_for_the_reports_of_many_workers():
+    it = Cluster([*(f"p{i}" for i in range(40)), *(f"d{i}" for i in range(40))])
+    it.place(1600)
+    for state in it.states.values():
+        it.report(state.worker_id, queue_s=1.0 if state.worker_id == "p7" else 2.0)
+        it.placement.reported()
+        assert len(it.placement._table.dirty) < 16
+    assert it.place(1600).decision.prefill == "p7"
+
+
 def test_a_hot_prefix_is_computed_elsewhere_once_its_holder_is_the_bottleneck():
     """Requests of 1,600 new tokens (0.16 s) after a shared 8,000: the holder alone cannot take 20 of them a second."""
     it = Cluster([*(f"p{i}" for i in range(4)), "d0", "d1"])
