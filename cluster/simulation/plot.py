@@ -12,6 +12,7 @@ mpl.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 
 def save_plot(path: Path, result: Result, report: Report) -> None:
@@ -33,6 +34,9 @@ def _distribution(axes: Axes, values: list[float], limit: float, label: str) -> 
     axes.set(xlabel=label, ylabel="share of requests", xscale="log", ylim=(0, 1))
     if values:
         axes.plot(np.sort(values), np.linspace(0, 1, len(values)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.axvline(limit, color="black", linestyle=":", label=f"limit {limit:g} s")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -49,7 +53,7 @@ def _load(axes: Axes, result: Result) -> None:
 
 
 def _hits(axes: Axes, result: Result, slo: Slo) -> None:
-    """In windows of a sixtieth of the time."""
+    """In windows of a sixtieth of the time; nothing is drawn where no request came."""
     axes.set(xlabel="seconds", ylabel="share", ylim=(0, 1))
     if not result.outcomes:
         return
@@ -61,11 +65,12 @@ def _hits(axes: Axes, result: Result, slo: Slo) -> None:
     def per_window(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         return np.bincount(windows, values, minlength=60)[:60].astype(np.float64)
 
-    prompts = np.maximum(1.0, per_window([each.num_prompt_tokens for each in result.outcomes]))
-    requests = np.maximum(1.0, per_window([1] * len(result.outcomes)))
+    requests = per_window([1] * len(result.outcomes))
+    requests[requests == 0.0] = np.nan
+    prompts = per_window([each.num_prompt_tokens for each in result.outcomes]) + 0.0 * requests
     cached = per_window([each.cached_tokens for each in result.outcomes])
     kept = per_window([slo.kept(each) for each in result.outcomes])
-    axes.plot(middle, cached / prompts, label="prompt tokens cached")
-    axes.plot(middle, kept / requests, label="goodput")
+    axes.plot(middle, cached / prompts, ".-", label="prompt tokens cached")
+    axes.plot(middle, kept / requests, ".-", label="goodput")
     axes.legend()
     axes.grid(alpha=0.3)
