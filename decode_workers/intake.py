@@ -1,4 +1,5 @@
-"""Offered KV on its way into a decode worker: matched, reserved, pulled, handed to the engine.
+"""Offered KV on its way into a decode worker: matched, reserved, pulled, handed to the engine; and what the router is
+told of it.
 
 Owned by the engine thread. An entry is waiting (no blocks yet), pulling (blocks reserved, a pull running on the
 asyncio loop writes into them) or gone. Blocks of a running pull are never released before the pull has reported

@@ -21,7 +21,7 @@ from engine.inbox import Inbox
 from engine.request import RequestId
 from engine.session import Attached, Cancelled, Ended, SessionCommand, Submitted
 from engine.step_model import Calibration, StepModel, StepWork, chunks_work
-from engine.wire import model_to_pb
+from engine.wire import load_to_pb
 from protos import worker_pb2 as pb
 
 IDLE_WAIT_S = 0.2  # how late a deadline of a waiting request may be noticed
@@ -208,20 +208,11 @@ class WorkerLoop(Generic[C]):
             self._events_since = self._clock()
 
     def _measure(self) -> pb.Load:
-        engine = self.engine.load()
-        load = pb.Load(
-            num_running=engine.num_running,
-            num_waiting=engine.num_waiting,
-            num_free_blocks=engine.num_free_blocks,
-            num_waiting_tokens=engine.num_waiting_tokens,
-            progress=self._progress,
-            last_step_us=round(self._last_step_s * 1e6),
-            draining=self._draining,
-            turn=self._turn,
-            num_cached_blocks=self.engine.kv.num_cached,
-        )
-        if self._model is not None:
-            load.model.CopyFrom(model_to_pb(self._model))
-            load.queue_us = round(self._model.seconds(engine.queued) * 1e6) if engine.queued.prefill_tokens else 0
+        load = load_to_pb(self.engine.load(), self._model)
+        load.progress = self._progress
+        load.last_step_us = round(self._last_step_s * 1e6)
+        load.draining = self._draining
+        load.turn = self._turn
+        load.num_cached_blocks = self.engine.kv.num_cached
         self._role.add_load(load)
         return load

@@ -6,6 +6,7 @@ trusts a size or an id.
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request, RequestId, SamplingParams
+from engine.scheduler import EngineLoad
 from engine.step_model import StepModel
 from protos import worker_pb2 as pb
 
@@ -116,6 +117,20 @@ def logprobs_to_pb(logprobs: TokenLogprobs) -> pb.TokenLogprobs:
 def logprobs_from_pb(message: pb.TokenLogprobs) -> TokenLogprobs:
     top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=False))
     return TokenLogprobs(message.token_id, message.logprob, top)
+
+
+def load_to_pb(load: EngineLoad, model: StepModel | None) -> pb.Load:
+    """The engine's part of a report; `model`: None while the worker does not know how long its steps take."""
+    message = pb.Load(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_free_blocks=load.num_free_blocks,
+        num_waiting_tokens=load.num_waiting_tokens,
+    )
+    if model is not None:
+        message.model.CopyFrom(model_to_pb(model))
+        message.queue_us = round(model.seconds(load.queued) * 1e6) if load.queued.prefill_tokens else 0
+    return message
 
 
 def model_to_pb(model: StepModel) -> pb.StepModel:

@@ -4,6 +4,7 @@ As engine.engine.Engine with one step in flight. Steps that only decode are adva
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain, count
 
 from cluster.simulation.sequence import SimulatedRequest, SimulatedSequence
@@ -12,7 +13,7 @@ from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import Request
 from engine.scheduler import EngineLoad, Plan, Scheduler, SchedulerConfig
-from engine.step_model import StepWork, num_pairs
+from engine.step_model import StepWork, chunks_work
 
 StepSeconds = Callable[[StepWork], float]
 Step = Plan[SimulatedSequence]
@@ -129,13 +130,6 @@ class SimulatedEngine:
 
 def step_work(step: Step, num_steps: int) -> StepWork:
     """Of one of these steps, as they are in the mean."""
-    prefill_tokens = pairs = decodes = kv_tokens = 0
-    for sequence, num_tokens in step.work:
-        past = sequence.num_computed_tokens
-        if num_tokens == 1:
-            decodes += 1
-            kv_tokens += past
-        else:
-            prefill_tokens += num_tokens
-            pairs += num_pairs(num_tokens, past)
-    return StepWork(prefill_tokens, pairs, decodes, kv_tokens + decodes * (num_steps - 1) // 2)
+    work = chunks_work((sequence.num_computed_tokens, num_tokens) for sequence, num_tokens in step.work)
+    grown = work.decodes * (num_steps - 1) // 2  # tokens of KV, by the middle one
+    return replace(work, kv_tokens=work.kv_tokens + grown) if grown else work

@@ -13,7 +13,7 @@ from cluster.simulation.events import Events
 from cluster.simulation.sequence import SimulatedSequence
 from engine.kv.events import KvEvent
 from engine.step_model import Calibration, StepModel, StepWork
-from engine.wire import model_to_pb
+from engine.wire import load_to_pb
 from protos import worker_pb2 as pb
 
 REPORT_S = 0.1
@@ -197,17 +197,8 @@ class SimulatedWorker(Generic[H]):
 
     def load(self) -> pb.Load:
         """As a frame reports it."""
-        engine, model = self.engine.load(), self._model.model
-        load = pb.Load(
-            num_running=engine.num_running,
-            num_waiting=engine.num_waiting,
-            num_free_blocks=engine.num_free_blocks,
-            num_waiting_tokens=engine.num_waiting_tokens,
-            last_step_us=round(self._last_step_s * 1e6),
-            turn=self._turn,
-        )
-        if model is not None:
-            load.model.CopyFrom(model_to_pb(model))
-            load.queue_us = round(model.seconds(engine.queued) * 1e6) if engine.queued.prefill_tokens else 0
+        load = load_to_pb(self.engine.load(), self._model.model)
+        load.last_step_us = round(self._last_step_s * 1e6)
+        load.turn = self._turn
         self._behaviour.add_load(load)
         return load
