@@ -67,12 +67,12 @@ class SteppingWorker:
                 await context.write(frame)
                 number += 1
                 await asyncio.sleep(self._step_s)
-                frame = pb.Frame(outputs=self._step(running, fresh))
+                frame = self._step(running, fresh)
         finally:
             reader.cancel()
 
-    def _step(self, running: dict[int, list[int]], fresh: list[pb.Submit]) -> list[pb.Output]:
-        outputs = []
+    def _step(self, running: dict[int, list[int]], fresh: list[pb.Submit]) -> pb.Frame:
+        outputs, tokens = [], pb.Tokens()
         for submit in fresh:
             if self._role == "prefill":
                 outputs.append(pb.Output(handle=submit.handle, offer=b"x" * 64, index=0, token_ids=[1]))
@@ -80,14 +80,19 @@ class SteppingWorker:
                 running[submit.handle] = [1 if submit.offer else 0, submit.params.max_tokens]
         for handle, state in list(running.items()):
             index, max_tokens = state
+            state[0] += 1
+            if index > 1 and index + 1 < max_tokens:
+                tokens.handles.append(handle)
+                tokens.indices.append(index)
+                tokens.token_ids.append(index)
+                continue
             output = pb.Output(handle=handle, index=index, token_ids=[index], handoff_done=index == 1)
             if index + 1 == max_tokens:
                 output.finish_reason = pb.FINISH_REASON_LENGTH
                 del running[handle]
-            state[0] += 1
             outputs.append(output)
         fresh.clear()
-        return outputs
+        return pb.Frame(outputs=outputs, tokens=tokens)
 
     async def _read(
         self, commands: AsyncIterator[pb.Command], running: dict[int, list[int]], fresh: list[pb.Submit]

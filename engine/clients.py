@@ -32,6 +32,7 @@ class Client:
 class _Draft:
     fresh: bool = True  # nothing sent yet: the next frame describes the worker
     outputs: dict[int, pb.Output] = field(default_factory=dict)  # by handle
+    tokens: list[tuple[int, int, int]] = field(default_factory=list)  # handle, index, token id; said before `outputs`
 
 
 class Clients:
@@ -93,16 +94,18 @@ class Clients:
 
     def output(self, request_id: RequestId) -> pb.Output:
         """The draft of what this step says about a request. Writes to an unknown request go nowhere."""
-        client = self._clients.get(request_id)
-        draft = self._drafts.get(client.session) if client else None
-        if client is None or draft is None:
-            return pb.Output()
-        output = draft.outputs.get(client.handle)
+        draft, handle = self._draft(request_id)
+        output = draft.outputs.get(handle)
         if output is None:
-            output = draft.outputs[client.handle] = pb.Output(handle=client.handle)
+            output = draft.outputs[handle] = pb.Output(handle=handle)
         return output
 
     def say_token(self, token: TokenOutput) -> None:
+        if token.finish_reason is None and token.logprobs is None and not token.prompt_logprobs:
+            draft, handle = self._draft(token.request_id)
+            if handle not in draft.outputs:  # else it would overtake the tokens there
+                draft.tokens.append((handle, token.index, token.token_id))
+                return
         output = self.output(token.request_id)
         if not output.token_ids:
             output.index = token.index
@@ -112,6 +115,12 @@ class Clients:
         if token.prompt_logprobs:
             output.prompt_logprobs.extend(map(logprobs_to_pb, token.prompt_logprobs))
         output.finish_reason = finish_to_pb(token.finish_reason)
+
+    def _draft(self, request_id: RequestId) -> tuple[_Draft, int]:
+        """Where the next words about a request go, and its handle there; of an unknown one: nowhere."""
+        client = self._clients.get(request_id)
+        draft = self._drafts.get(client.session) if client else None
+        return (_Draft(), 0) if client is None or draft is None else (draft, client.handle)
 
     def fail(self, request_id: RequestId, message: str, *, retryable: bool) -> None:
         """Say the attempt is over, and forget it."""
@@ -133,9 +142,14 @@ class Clients:
         events = kv.drain_events()
         frames: dict[SessionId, pb.Frame] = {}
         for session, draft in self._drafts.items():
-            if not (draft.fresh or draft.outputs or events):
+            if not (draft.fresh or draft.outputs or draft.tokens or events):
                 continue
             frame = pb.Frame(load=load, outputs=draft.outputs.values())
+            if draft.tokens:
+                handles, indices, token_ids = zip(*draft.tokens, strict=True)
+                frame.tokens.handles.extend(handles)
+                frame.tokens.indices.extend(indices)
+                frame.tokens.token_ids.extend(token_ids)
             if draft.fresh:  # the snapshot holds the events drained now, and makes the router exact
                 frame.description.CopyFrom(self._description)
                 frame.kv_snapshot.next_event_number = kv.next_event_number
@@ -147,7 +161,7 @@ class Clients:
                     pb.KvEvent(stored=event.stored, removed=event.removed, cleared=event.cleared) for event in events
                 )
             draft.fresh = False
-            draft.outputs = {}
+            draft.outputs, draft.tokens = {}, []
             frames[session] = frame
         if frames:
             self._deliver(frames)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from router.choices import Choice, Piece, Reader, run_choices
+from router.choices import Choice, Piece, run_choices
 from router.exchange import Exchange
 from router.generation import DeadlineExceeded, Generator
 from router.metrics import Metrics
@@ -49,33 +49,17 @@ class Answerer:
                 raise DeadlineExceeded from None
 
     async def _events(self, exchange: Exchange, job: Job) -> None:
-        envelope, format_event, write = job.envelope, job.format.event, exchange.write_events
-        tail = b',"usage":null' if envelope.include_usage else b""
-
-        def take(piece: Piece) -> bool:
-            observe(piece)
-            if envelope.continuous_usage:
-                counts = msgspec.json.encode(usage(job.choices, job.num_hidden))
-                return write(format_event(piece, b',"usage":' + counts))
-            return write(format_event(piece, tail))
-
-        with _Watch(self._metrics, self._clock, job) as observe:
-            await run_choices(self._generator, job.choices, job.deadline, Reader(take, exchange.flush))
-        extra = self._extra(job, with_usage=envelope.include_usage)
+        with _Watch(self._metrics, self._clock, job) as watch:
+            await run_choices(self._generator, job.choices, job.deadline, _Events(exchange, job, watch))
+        extra = self._extra(job, with_usage=job.envelope.include_usage)
         last = job.format.last_event(b"," + msgspec.json.encode(extra)[1:-1]) if extra else b""
         await exchange.end_events(last + DONE)
 
     async def _body(self, exchange: Exchange, job: Job) -> None:
-        collected: list[list[Piece]] = [[] for _ in job.choices]
-
-        def take(piece: Piece) -> bool:
-            observe(piece)
-            collected[piece.choice.index].append(piece)
-            return True
-
-        with _Watch(self._metrics, self._clock, job) as observe:
-            await run_choices(self._generator, job.choices, job.deadline, Reader(take, _endless_room))
-        together = list(zip(job.choices, collected, strict=True))
+        with _Watch(self._metrics, self._clock, job) as watch:
+            collected = _Collected(job, watch)
+            await run_choices(self._generator, job.choices, job.deadline, collected)
+        together = list(zip(job.choices, collected.pieces, strict=True))
         await exchange.respond(200, job.format.body(together, self._extra(job, with_usage=True)))
 
     def _extra(self, job: Job, *, with_usage: bool) -> dict[str, Any]:
@@ -86,24 +70,21 @@ class Answerer:
         return extra
 
 
-async def _endless_room() -> None:
-    """Of a reader that collects."""
-
-
 class _Watch:
     """Keeps a job's metrics: one waiting or running request while entered, and what its pieces show."""
+
+    __slots__ = ("_clock", "_job", "_metrics", "_observe_gap", "_running")
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job) -> None:
         self._metrics = metrics
         self._clock = clock
         self._job = job
         self._running = False
-        self._last = [job.received] * len(job.choices)
         self._observe_gap = metrics.inter_token.observe
 
-    def __enter__(self) -> Callable[[Piece], None]:
+    def __enter__(self) -> "_Watch":
         self._metrics.num_waiting += 1
-        return self._observe
+        return self
 
     def __exit__(self, *_: object) -> None:
         if self._running:
@@ -111,7 +92,7 @@ class _Watch:
         else:
             self._metrics.num_waiting -= 1
 
-    def _observe(self, piece: Piece) -> None:
+    def observe(self, piece: Piece) -> None:
         now, choice = self._clock(), piece.choice
         if not self._running:
             self._running = True
@@ -119,8 +100,49 @@ class _Watch:
             self._metrics.num_running += 1
             self._metrics.first_token.observe(now - self._job.received)
         elif not piece.first:
-            self._observe_gap(now - self._last[choice.index])
-        self._last[choice.index] = now
+            self._observe_gap(now - choice.piece_at)
+        choice.piece_at = now
         if piece.finish_reason is not None and choice.stream is not None:
             num_prompt = choice.request.num_prompt_tokens
             self._metrics.finish(choice.stream.timeline, num_prompt, choice.text.num_tokens, piece.finish_reason, now)
+
+
+class _Events:
+    """The reader of a streamed answer."""
+
+    __slots__ = ("_exchange", "_format", "_job", "_tail", "_watch")
+
+    def __init__(self, exchange: Exchange, job: Job, watch: _Watch) -> None:
+        self._exchange = exchange
+        self._format = job.format
+        self._job = job
+        self._watch = watch
+        self._tail: bytes | None = b',"usage":null' if job.envelope.include_usage else b""
+        if job.envelope.continuous_usage:
+            self._tail = None
+
+    def take(self, piece: Piece) -> bool:
+        self._watch.observe(piece)
+        tail = self._tail
+        if tail is None:
+            tail = b',"usage":' + msgspec.json.encode(usage(self._job.choices, self._job.num_hidden))
+        return self._exchange.write_events(self._format.event(piece, tail))
+
+    async def room(self) -> None:
+        await self._exchange.flush()
+
+
+class _Collected:
+    """The reader of an answer in one body: there is always room."""
+
+    def __init__(self, job: Job, watch: _Watch) -> None:
+        self.pieces: list[list[Piece]] = [[] for _ in job.choices]
+        self._watch = watch
+
+    def take(self, piece: Piece) -> bool:
+        self._watch.observe(piece)
+        self.pieces[piece.choice.index].append(piece)
+        return True
+
+    async def room(self) -> None:
+        pass

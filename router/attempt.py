@@ -48,9 +48,45 @@ class _Leg:
         self.session.close(self.handle, cancel=cancel)
 
 
+class _PrefillSink:
+    """What the prefill worker of an attempt says."""
+
+    __slots__ = ("_attempt",)
+
+    def __init__(self, attempt: "Attempt") -> None:
+        self._attempt = attempt
+
+    def token(self, index: int, token_id: int) -> None:
+        self._attempt.prefill_output(pb.Output(index=index, token_ids=(token_id,)))
+
+    def output(self, output: pb.Output) -> None:
+        self._attempt.prefill_output(output)
+
+    def lost(self) -> None:
+        self._attempt.prefill_lost()
+
+
 class Attempt:
     """`submit` is what every worker gets, but for handle, timeout and offer; its token_ids are the prompt and every
-    token of `stream`. `timeout_ms` is asked when a worker gets it."""
+    token of `stream`. `timeout_ms` is asked when a worker gets it.
+
+    It is itself the sink of its decode worker.
+    """
+
+    __slots__ = (
+        "_decode",
+        "_first_index",
+        "_handoff_done",
+        "_needs_decode",
+        "_over",
+        "_owner",
+        "_prefill",
+        "_stream",
+        "_template",
+        "_timeout_ms",
+        "_wants_logprobs",
+        "_wants_prompt_logprobs",
+    )
 
     def __init__(
         self,
@@ -77,11 +113,11 @@ class Attempt:
 
     def start(self, on_prefill: Reservation, on_decode: Reservation) -> None:
         """Both sessions are attached. `on_prefill` is only for a prefill worker."""
-        self._decode.open(Sink(self._decode_output, self._decode_lost), on_decode)
+        self._decode.open(self, on_decode)
         if self._prefill is None:
             self._submit(self._decode, b"")
         else:
-            self._prefill.open(Sink(self._prefill_output, self._prefill_lost), on_prefill)
+            self._prefill.open(_PrefillSink(self), on_prefill)
             self._submit(self._prefill, b"")
 
     def abort(self) -> None:
@@ -95,7 +131,7 @@ class Attempt:
     def _submit(self, leg: _Leg, offer: bytes) -> None:
         leg.session.submit(leg.handle, self._template, self._timeout_ms(), offer)
 
-    def _prefill_output(self, output: pb.Output) -> None:
+    def prefill_output(self, output: pb.Output) -> None:
         assert self._prefill is not None
         if output.HasField("error"):
             self._failed(self._prefill, output.error)
@@ -106,10 +142,15 @@ class Attempt:
             return
         if output.offer and self._needs_decode:
             self._submit(self._decode, output.offer)
-        if self._handoff_done:
+        self._release_prefill()
+
+    def token(self, index: int, token_id: int) -> None:
+        if self._stream.accept(index, [token_id], [], None):
+            self._finish()
+        elif self._prefill is not None:
             self._release_prefill()
 
-    def _decode_output(self, output: pb.Output) -> None:
+    def output(self, output: pb.Output) -> None:
         if output.HasField("error"):
             self._failed(self._decode, output.error)
             return
@@ -117,7 +158,7 @@ class Attempt:
             self._note_timing(output.timing, prefilled=self._prefill is None)
         if output.handoff_done:
             self._handoff_done = True
-        if not self._tokens(self._decode, output) and self._handoff_done:
+        if not self._tokens(self._decode, output):
             self._release_prefill()
 
     def _tokens(self, leg: _Leg, output: pb.Output) -> bool:
@@ -133,13 +174,17 @@ class Attempt:
             return False
         if reason is not None:
             leg.close(cancel=False)  # it has finished there
-        self.abort()
-        self._owner.attempt_finished()
+        self._finish()
         return True
 
+    def _finish(self) -> None:
+        self.abort()
+        self._owner.attempt_finished()
+
     def _release_prefill(self) -> None:
-        """The first token is here and decode has the KV: the prefill worker may go."""
-        if self._prefill is not None and len(self._stream.token_ids) > self._first_index:
+        """Once the first token is here and decode has the KV: the prefill worker may go."""
+        arrived = len(self._stream.token_ids) > self._first_index
+        if self._prefill is not None and self._handoff_done and arrived:
             self._prefill.close(cancel=False)
             self._prefill = None
 
@@ -157,11 +202,11 @@ class Attempt:
             return frozenset((leg.worker_id, self._prefill.worker_id))
         return frozenset((leg.worker_id,))
 
-    def _prefill_lost(self) -> None:
+    def prefill_lost(self) -> None:
         if self._prefill is not None:
             self._end(frozenset((self._prefill.worker_id,)), f"{self._prefill.worker_id}: lost")
 
-    def _decode_lost(self) -> None:
+    def lost(self) -> None:
         self._end(frozenset((self._decode.worker_id,)), f"{self._decode.worker_id}: lost")
 
     def _end(self, suspects: frozenset[str], reason: str) -> None:

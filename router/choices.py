@@ -6,8 +6,9 @@ that was started is closed when `run_choices` ends, however it ends.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -30,6 +31,7 @@ class Choice:
     leader: "Choice | None" = None
     stream: GenerationStream | None = None  # once started
     finish_reason: FinishReason | None = None
+    piece_at: float = 0.0  # when its last piece came, monotonic seconds
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -43,13 +45,14 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     first: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Who wants the pieces. `take` is called where the tokens arrive and must not block; False: no more before `room`
-    has returned."""
+class Reader(Protocol):
+    """Who wants the pieces."""
 
-    take: Callable[[Piece], bool]
-    room: Callable[[], Awaitable[None]]
+    def take(self, piece: Piece) -> bool:
+        """Called where the tokens arrive; must not block. False: no more before `room` has returned."""
+        ...
+
+    async def room(self) -> None: ...
 
 
 async def run_choices(generator: Generator, choices: Sequence[Choice], deadline: float, reader: Reader) -> None:
@@ -59,7 +62,7 @@ async def run_choices(generator: Generator, choices: Sequence[Choice], deadline:
             if choice.leader is None:
                 choice.stream = generator.start(choice.request, deadline, choice.hints)
         if len(choices) == 1:
-            await _run(choices[0], reader)
+            await _Run(choices[0], reader).to_end()
         else:
             await _run_all(generator, choices, deadline, reader)
     finally:
@@ -68,29 +71,47 @@ async def run_choices(generator: Generator, choices: Sequence[Choice], deadline:
                 await choice.stream.aclose()
 
 
-async def _run(choice: Choice, reader: Reader, begun: Callable[[], object] = lambda: None) -> None:
+class _Run:
     """A choice whose stream is there, to its end; `begun` is called with its first piece."""
-    stream, show, first, has_room = choice.stream, reader.take, True, True
-    assert stream is not None, choice.index
 
-    def take(delta: Delta) -> bool:
-        nonlocal first, has_room
-        piece = _take(choice, delta, first)
+    __slots__ = ("_begun", "_choice", "_first", "_has_room", "_reader")
+
+    def __init__(self, choice: Choice, reader: Reader, begun: Callable[[], object] = lambda: None) -> None:
+        self._choice = choice
+        self._reader = reader
+        self._begun = begun
+        self._first = True
+        self._has_room = True
+
+    async def to_end(self) -> None:
+        choice, stream = self._choice, self._choice.stream
+        assert stream is not None, choice.index
+        while choice.finish_reason is None:
+            await stream.forward(self._take)
+            if choice.finish_reason is not None:
+                break
+            if self._has_room:
+                raise GenerationFailed("the stream ended without a finish reason")
+            await self._reader.room()
+            self._has_room = True
+        await stream.aclose()
+
+    def _take(self, delta: Delta) -> bool:
+        choice, token_ids, logprobs, reason = self._choice, delta.token_ids, delta.logprobs, delta.finish_reason
+        text, first = choice.text, self._first
+        before = text.num_tokens
+        shown = text.push(token_ids, reason)
+        if text.stopped:
+            reason, num_new = FinishReason.STOP, text.num_tokens - before
+            if num_new < len(token_ids):
+                token_ids, logprobs = token_ids[:num_new], logprobs[:num_new]
+        if reason is not None:
+            choice.finish_reason = reason
         if first:
-            first = False
-            begun()
-        has_room = show(piece)
-        return has_room and piece.finish_reason is None
-
-    while choice.finish_reason is None:
-        await stream.forward(take)
-        if choice.finish_reason is not None:
-            break
-        if has_room:
-            raise GenerationFailed("the stream ended without a finish reason")
-        await reader.room()
-        has_room = True
-    await stream.aclose()
+            self._first = False
+            self._begun()
+        self._has_room = self._reader.take(Piece(choice, shown, token_ids, logprobs, reason, first))
+        return self._has_room and reason is None
 
 
 async def _run_all(generator: Generator, choices: Sequence[Choice], deadline: float, reader: Reader) -> None:
@@ -98,11 +119,11 @@ async def _run_all(generator: Generator, choices: Sequence[Choice], deadline: fl
 
     async def run(choice: Choice) -> None:
         if choice.leader is None:
-            await _run(choice, reader, begun[choice.index].set)
+            await _Run(choice, reader, begun[choice.index].set).to_end()
         else:
             await begun[choice.leader.index].wait()
             choice.stream = generator.start(choice.request, deadline, choice.hints)
-            await _run(choice, reader)
+            await _Run(choice, reader).to_end()
 
     tasks = [asyncio.create_task(run(choice)) for choice in choices]
     try:
@@ -112,19 +133,3 @@ async def _run_all(generator: Generator, choices: Sequence[Choice], deadline: fl
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _take(choice: Choice, delta: Delta, first: bool) -> Piece:
-    text, token_ids, reason = choice.text, delta.token_ids, delta.finish_reason
-    before = text.num_tokens
-    shown = text.push(token_ids, reason)
-    if reason is None and not text.stopped:
-        return Piece(choice, shown, token_ids, delta.logprobs, None, first)
-    if text.stopped:
-        reason = FinishReason.STOP
-        num_new = text.num_tokens - before
-        if num_new < len(token_ids):
-            choice.finish_reason = reason
-            return Piece(choice, shown, token_ids[:num_new], delta.logprobs[:num_new], reason, first)
-    choice.finish_reason = reason
-    return Piece(choice, shown, token_ids, delta.logprobs, reason, first)

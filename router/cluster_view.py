@@ -93,6 +93,11 @@ class WorkerState:
         seconds = self.load.transfer_token_s
         return seconds if 0.0 < seconds < math.inf else 0.0
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether it counts any request beside the worker's report."""
+        return bool(self._pending)
+
     def reserve(self, handle: int, part: Reservation) -> None:
         """Count a request from the decision on."""
         pairs = num_pairs(part.prefill_tokens, part.prefill_past)

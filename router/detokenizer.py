@@ -104,6 +104,8 @@ class SentencePieces(dict[int, str | int]):
 class ByteLevelDecoder:
     """Joins bytes, and holds back those of a character that is not whole yet."""
 
+    __slots__ = ("_held", "_pieces")
+
     def __init__(self, pieces: ByteLevelPieces) -> None:
         self._pieces = pieces
         self._held = b""
@@ -128,6 +130,8 @@ class SentencePieceDecoder:
 
     A run that is not UTF-8 becomes one U+FFFD for each byte, so nothing of it is known before its end.
     """
+
+    __slots__ = ("_num_stripped", "_pieces", "_run")
 
     def __init__(self, pieces: SentencePieces, num_stripped: int) -> None:
         self._pieces = pieces
@@ -248,6 +252,8 @@ class TextStream:
     of `params`, for callers with many streams of the same parameters.
     """
 
+    __slots__ = ("_decoder", "_include", "_matcher", "_min_tokens", "num_tokens", "stopped")
+
     def __init__(
         self,
         tokenizer: Detokenizer,
@@ -272,7 +278,10 @@ class TextStream:
         stop string was found, the rest is ignored.
         """
         if finish_reason is None:
-            return self._push(token_ids)
+            if self._matcher is not None:
+                return self._push(token_ids)
+            self.num_tokens += len(token_ids)
+            return self._decoder.push(token_ids)
         if finish_reason is FinishReason.STOP and not self._include and token_ids:
             text = self._push(token_ids[:-1])
             self.num_tokens += not self.stopped

@@ -2,8 +2,9 @@
 
 Made by `router.http` for every request and handed to the handlers. Every response carries the request id. Waiting for
 the client is bounded: a body has a size limit and a deadline; stalled readers are the server's (`router.server`).
-Events need no task: where the server lets them be written directly, as `router.server` does, they are; the beginning
-of a stream, and with other servers all of it, is kept until the next `flush`.
+Events need no task: where the server lets them be written directly, as `router.server` does, those of all streams are,
+one after another, once in a turn of the loop; the beginning of a stream, and with other servers all of it, is kept
+until the next `flush`.
 """
 
 import asyncio
@@ -21,20 +22,61 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 JSON = b"application/json"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 WRITE_CHUNK = "baton.write_chunk"  # ASGI extension: writes a part of a body at once; False: the client does not keep up
+MAX_UNSENT_BYTES = 64 * 1024  # of events in one turn of the loop, before their producer has to wait
 LINGER_S = 2.0  # how long what is left of a refused body is read, so that the client gets to see the answer
+
+
+class WriteBatch:
+    """The exchanges with events to write at the end of this turn of the loop.
+
+    A frame from a worker has a token for each of many streams. Writing when all of them have been decoded keeps two
+    large pieces of code, the kernel's and ours, from driving each other out of the processor's caches at every token.
+    """
+
+    def __init__(self) -> None:
+        self._exchanges: list[Exchange] = []
+
+    def add(self, exchange: "Exchange") -> None:
+        if not self._exchanges:
+            asyncio.get_running_loop().call_soon(self._write)
+        self._exchanges.append(exchange)
+
+    def _write(self) -> None:
+        exchanges, self._exchanges = self._exchanges, []
+        for exchange in exchanges:
+            exchange.write_kept()
 
 
 class Exchange:
     """`status` is None until a response has started; 499 when the client left before."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, new_id: Callable[[], str]) -> None:
+    __slots__ = (
+        "_batch",
+        "_body_read",
+        "_flushing",
+        "_receive",
+        "_send",
+        "_unsent",
+        "_write_chunk",
+        "_writing",
+        "headers",
+        "method",
+        "path",
+        "request_id",
+        "status",
+    )
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, new_id: Callable[[], str], batch: WriteBatch
+    ) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.status: int | None = None
         self._write_chunk: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_CHUNK)
+        self._batch = batch
         self._unsent = b""  # events
-        self._streaming = False  # the head of a stream of events has been sent
+        self._writing = False  # events go out with the batch: the head has been sent, and the client keeps up
         self._flushing = asyncio.Lock()
         self._receive = receive
         self._send = send
@@ -80,21 +122,29 @@ class Exchange:
 
     def write_events(self, events: bytes) -> bool:
         """Send server-sent events, beginning a stream of them. False: wait for `flush` before the next ones."""
-        # A flush under way holds earlier events until the client has made room.
-        if self._unsent or self._flushing.locked() or not self._streaming or self._write_chunk is None:
-            self._unsent += events
-            return False
-        return not events or self._write_chunk(events)
+        if self._writing and events and not self._unsent:
+            self._batch.add(self)
+        self._unsent += events
+        return self._writing and len(self._unsent) < MAX_UNSENT_BYTES
+
+    def write_kept(self) -> None:
+        """Called by the batch."""
+        if self._writing and self._unsent and self._write_chunk is not None:
+            events, self._unsent = self._unsent, b""
+            self._writing = self._write_chunk(events)
 
     async def flush(self) -> None:
         """Sends what is kept, and waits until the client has made room."""
+        self._writing = False  # what comes from now on is kept until the client has made room
         async with self._flushing:
             await self._start_events()
             events, self._unsent = self._unsent, b""
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
+            self._writing = self._write_chunk is not None and not self._unsent
 
     async def end_events(self, events: bytes) -> None:
         """Send the last events and end the stream."""
+        self._writing = False
         await self._start_events()
         await self._send({"type": "http.response.body", "body": self._unsent + events, "more_body": False})
 
@@ -102,7 +152,6 @@ class Exchange:
         if self.status is None:
             unbuffered = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
             await self._start(200, b"text/event-stream; charset=utf-8", unbuffered)
-            self._streaming = True
 
     @contextmanager
     def cancel_on_disconnect(self) -> Iterator[None]:

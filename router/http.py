@@ -23,7 +23,7 @@ from engine.errors import InvalidRequest
 from router.answer import Answerer
 from router.completions import Arrival, Planner
 from router.errors import ApiError, ClientGone, as_api_error
-from router.exchange import Exchange, Receive, Scope, Send
+from router.exchange import Exchange, Receive, Scope, Send, WriteBatch
 from router.generation import Generator, ModelCard, RouteHints
 from router.metrics import Metrics
 from router.prompts import PromptEncoder, check_ids
@@ -77,6 +77,7 @@ class Front:
         self._wall_clock = wall_clock
         self._draw_bits = draw_bits
         self._started = int(wall_clock())
+        self._batch = WriteBatch()
         self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
         self._encoder = PromptEncoder(tokenizer, card, self._threads)
         self._planner = Planner(card, tokenizer, self._encoder, draw_bits)
@@ -111,7 +112,7 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
-        exchange = Exchange(scope, receive, send, lambda: f"{self._draw_bits(128):032x}")
+        exchange = Exchange(scope, receive, send, lambda: f"{self._draw_bits(128):032x}", self._batch)
         route = exchange.path if exchange.path in self._routes else "other"
         try:
             _check_head(scope)

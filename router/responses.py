@@ -77,6 +77,18 @@ def timeline_body(timeline: Timeline) -> dict[str, Any]:
 class CompletionFormat:
     """POST /v1/completions. With `echo` a choice's text begins with its prompt."""
 
+    __slots__ = (
+        "_envelope",
+        "_extras",
+        "_head",
+        "_hide_output",
+        "_names",
+        "_offsets",
+        "_opened",
+        "_opening",
+        "_tokenizer",
+    )
+
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer, *, hide_output: bool = False) -> None:
         self._envelope = envelope
         self._tokenizer = tokenizer
@@ -84,7 +96,8 @@ class CompletionFormat:
         self._hide_output = hide_output  # only the prompt is wanted
         self._head = _head(envelope, "text_completion")
         self._extras = envelope.logprobs or envelope.token_ids or hide_output
-        self._openings: dict[int, bytes] = {}  # choice index -> an event up to its text
+        self._opened = -1  # the choice of `_opening`, which is an event up to its text
+        self._opening = b""
         self._offsets: dict[int, int] = {}  # choice index -> length of the token texts before
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
@@ -97,9 +110,11 @@ class CompletionFormat:
         text, reason = piece.text, piece.finish_reason
         if not text and reason is None:
             return b""
-        opening = self._openings.get(piece.choice.index) or self._open(piece.choice.index)
+        index = piece.choice.index
+        if index != self._opened:
+            self._opened, self._opening = index, b'%b"choices":[{"index":%d,"text":' % (self._head, index)
         end = _OPEN if reason is None else b'"logprobs":null,"finish_reason":"%b"}]' % reason.encode()
-        return b"".join((opening, _encode(text), b",", end, tail, b"}\n\n"))
+        return b"".join((self._opening, _encode(text), b",", end, tail, b"}\n\n"))
 
     def last_event(self, tail: bytes) -> bytes:
         return b"".join((self._head, b'"choices":[]', tail, b"}\n\n"))
@@ -124,10 +139,6 @@ class CompletionFormat:
             fields["prompt_token_ids"] = choice.prompt.token_ids if pieces[0].first else None
         return fields
 
-    def _open(self, index: int) -> bytes:
-        opening = self._openings[index] = b'%b"choices":[{"index":%d,"text":' % (self._head, index)
-        return opening
-
     def _prompt_text(self, choice: Choice) -> str:
         prompt = choice.prompt
         return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
@@ -144,23 +155,25 @@ class CompletionFormat:
 class ChatFormat:
     """POST /v1/chat/completions. A choice's first event says the role, its last the reason it ended."""
 
+    __slots__ = ("_envelope", "_extras", "_head", "_names", "_opened", "_opening", "_tokenizer")
+
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer) -> None:
         self._envelope = envelope
         self._tokenizer = tokenizer
         self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._head = _head(envelope, "chat.completion.chunk")
         self._extras = envelope.logprobs or envelope.token_ids
-        self._openings: dict[int, bytes] = {}  # choice index -> an event up to its text
+        self._opened = -1  # the choice of `_opening`, which is an event up to its text
+        self._opening = b""
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
         head, index = self._head, piece.choice.index
         if not (piece.first or self._extras or piece.finish_reason):
             if not piece.text:
                 return b""
-            opening = self._openings.get(index)
-            if opening is None:
-                opening = self._openings[index] = b'%b"choices":[{"index":%d,"delta":{"content":' % (head, index)
-            return b"".join((opening, _encode(piece.text), b"},", _OPEN, tail, b"}\n\n"))
+            if index != self._opened:
+                self._opened, self._opening = index, b'%b"choices":[{"index":%d,"delta":{"content":' % (head, index)
+            return b"".join((self._opening, _encode(piece.text), b"},", _OPEN, tail, b"}\n\n"))
         events = []
         if piece.first:
             delta = b'{"role":"assistant","content":""}'

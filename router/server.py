@@ -48,6 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._chunks = _ChunkWriter(transport)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -86,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self.scope["extensions"] = {WRITE_CHUNK: self._write_chunk}  # type: ignore[dict-item]
+        self.scope["extensions"] = {WRITE_CHUNK: self._chunks.write}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
@@ -95,20 +96,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._chunks.paused = True
         self._stall_timer = self.loop.call_later(self._limits.stall_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+        self._chunks.paused = False
         super().resume_writing()
-
-    def _write_chunk(self, part: bytes) -> bool:
-        """A part of the body of the answer under way, which is chunked. False: the client does not keep up."""
-        transport, size = self.transport, len(part)
-        if not transport.is_closing():
-            head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
-            transport.write(b"".join((head, part, b"\r\n")))
-        return not self.flow.write_paused
 
     def _await_head(self) -> None:
         if self._head_timer is not None:
@@ -119,6 +114,24 @@ class BoundedProtocol(HttpToolsProtocol):
         # A pipelined request may have taken over meanwhile; its own answer starts the timer anew.
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
+
+
+class _ChunkWriter:
+    """Writes parts of the body of the answer under way on a connection, which is chunked."""
+
+    __slots__ = ("_transport", "paused")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.paused = False  # by the transport: the client does not keep up
+
+    def write(self, part: bytes) -> bool:
+        """False: the client does not keep up."""
+        transport, size = self._transport, len(part)
+        if not transport.is_closing():
+            head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
+            transport.write(b"".join((head, part, b"\r\n")))
+        return not self.paused
 
 
 def _without_upgrade(data: bytes) -> bytes:

@@ -41,12 +41,16 @@ class SessionConfig:
     max_backoff_s: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Sink:
+class Sink(Protocol):
     """Where what a worker says about one handle goes. Called on the loop; must not block."""
 
-    output: Callable[[pb.Output], None]
-    lost: Callable[[], None]
+    def token(self, index: int, token_id: int) -> None:
+        """An output of this one token, and of nothing else."""
+        ...
+
+    def output(self, output: pb.Output) -> None: ...
+
+    def lost(self) -> None: ...
 
 
 class SessionListener(Protocol):
@@ -262,14 +266,25 @@ class WorkerSession:
                 raise WorkerLost(f"KV event {self._next_event} is missing, {frame.kv_event_number} came")
             self._next_event += len(frame.kv_events)
             self._listener.session_events(self, frame)
-        sinks = self._sinks
+        self._hand_out(state, frame)
+        self._listener.session_reported(self)
+
+    def _hand_out(self, state: WorkerState, frame: pb.Frame) -> None:
+        sinks, tokens = self._sinks, frame.tokens
+        handles = list(tokens.handles)
+        if state.has_pending:
+            for handle in handles:
+                state.counted(handle)
+        for handle, index, token_id in zip(handles, tokens.indices, tokens.token_ids, strict=True):
+            sink = sinks.get(handle)
+            if sink is not None:
+                sink.token(index, token_id)
         for output in frame.outputs:
             handle = output.handle
             sink = sinks.get(handle)
             if sink is not None:
                 state.counted(handle)
                 sink.output(output)
-        self._listener.session_reported(self)
 
     def _check_progress(self, progress: int, running: bool) -> None:
         """Progress, not liveness, is health. A stalled worker stays unusable, even attached anew, until it moves."""

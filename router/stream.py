@@ -20,8 +20,28 @@ _Piece = tuple[list[int], list[TokenLogprobs], FinishReason | None]
 class TokenStream:
     """Implements router.generation.GenerationStream. One consumer, on the dispatcher's loop."""
 
+    __slots__ = (
+        "_clock",
+        "_consumer",
+        "_early",
+        "_ended",
+        "_error",
+        "_finish_reason",
+        "_last_token_at",
+        "_logprobs",
+        "_max_tokens",
+        "_num_consumed",
+        "_on_close",
+        "_timeline",
+        "_waiter",
+        "decisions",
+        "prompt_logprobs",
+        "token_ids",
+    )
+
     def __init__(self, max_tokens: int, received: float, clock: Callable[[], float]) -> None:
-        self.timeline = Timeline(received=received)
+        self._timeline = Timeline(received=received)
+        self._last_token_at: float | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.token_ids: list[int] = []
         self.decisions: list[RoutingDecision] = []
@@ -40,6 +60,11 @@ class TokenStream:
     def on_close(self, callback: Callable[[], None]) -> None:
         """`callback` runs when the consumer leaves."""
         self._on_close = callback
+
+    @property
+    def timeline(self) -> Timeline:
+        self._timeline.last_token = self._last_token_at
+        return self._timeline
 
     @property
     def num_left(self) -> int:
@@ -123,12 +148,12 @@ class TokenStream:
         if self._ended:
             return
         if token_ids:
-            now = self._clock()
-            if self.timeline.first_token is None:
-                self.timeline.first_token = now
-            self.timeline.last_token = now
+            self._last_token_at = self._clock()
+            if not self.token_ids:
+                self._timeline.first_token = self._last_token_at
             self.token_ids += token_ids
-            self._logprobs += logprobs
+            if logprobs:
+                self._logprobs += logprobs
         if reason is not None:
             self._finish_reason, self._ended = reason, True
 

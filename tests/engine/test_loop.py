@@ -137,6 +137,9 @@ class Worker:
 
     def _deliver(self, frames: Mapping[SessionId, pb.Frame]) -> None:
         for router, frame in frames.items():
+            tokens = frame.tokens
+            for handle, index, token_id in zip(tokens.handles, tokens.indices, tokens.token_ids, strict=True):
+                self.answers[router, handle].take(pb.Output(handle=handle, index=index, token_ids=[token_id]))
             for output in frame.outputs:
                 self.answers[router, output.handle].take(output)
 

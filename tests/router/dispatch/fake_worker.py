@@ -59,7 +59,13 @@ class Job:
     index: int = 0  # of the token about to be sent
 
     def send(self, **fields: object) -> None:
-        self.session.frames.put_nowait(pb.Frame(outputs=[pb.Output(handle=self.submit.handle, **fields)]))
+        handle, output = self.submit.handle, pb.Output(handle=self.submit.handle, **fields)
+        frame = pb.Frame(outputs=[output])
+        plain = pb.Output(handle=handle, index=output.index, token_ids=output.token_ids)
+        if len(output.token_ids) == 1 and output == plain:  # as workers do
+            tokens = pb.Tokens(handles=[handle], indices=[output.index], token_ids=output.token_ids)
+            frame = pb.Frame(tokens=tokens)
+        self.session.frames.put_nowait(frame)
 
 
 Hook = Callable[[Job], Awaitable[None]]

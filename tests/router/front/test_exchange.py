@@ -1,7 +1,7 @@
 import asyncio
 from typing import Any
 
-from router.exchange import WRITE_CHUNK, Exchange
+from router.exchange import MAX_UNSENT_BYTES, WRITE_CHUNK, Exchange, WriteBatch
 
 
 async def test_events_do_not_overtake_those_that_a_flush_holds() -> None:
@@ -22,7 +22,7 @@ async def test_events_do_not_overtake_those_that_a_flush_holds() -> None:
         return True
 
     scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
-    exchange = Exchange(scope, receive, send, lambda: "id")
+    exchange = Exchange(scope, receive, send, lambda: "id", WriteBatch())
     assert not exchange.write_events(b"a1 ")
     first = asyncio.create_task(exchange.flush())
     await asked.wait()
@@ -31,4 +31,47 @@ async def test_events_do_not_overtake_those_that_a_flush_holds() -> None:
     await first
     await exchange.flush()
     assert exchange.write_events(b"b2 ")
+    await asyncio.sleep(0)
     assert b"".join(wire) == b"head a1 b1 b2 "
+
+
+async def test_events_of_one_turn_of_the_loop_are_written_together_at_its_end() -> None:
+    wire: list[tuple[str, bytes]] = []
+    keeps_up = True
+
+    def make(name: str) -> Exchange:
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                wire.append((name, message["body"]))
+
+        def write(events: bytes) -> bool:
+            wire.append((name, events))
+            return keeps_up
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
+        return Exchange(scope, receive, send, lambda: name, batch)
+
+    batch = WriteBatch()
+    one, two = make("one"), make("two")
+    await one.flush()
+    await two.flush()
+    assert one.write_events(b"a")
+    assert two.write_events(b"b")
+    assert one.write_events(b"c")
+    assert not wire
+    await asyncio.sleep(0)
+    assert wire == [("one", b"ac"), ("two", b"b")]
+    assert one.write_events(b"d")
+    await one.end_events(b"e")  # in the same turn: takes them along
+    assert not two.write_events(b"x" * MAX_UNSENT_BYTES)
+    keeps_up = False
+    await asyncio.sleep(0)
+    assert wire[2:] == [("one", b"de"), ("two", b"x" * MAX_UNSENT_BYTES)]
+    assert not two.write_events(b"y")  # its client does not keep up
+    await asyncio.sleep(0)
+    assert len(wire) == 4
+    await two.flush()
+    assert wire[4] == ("two", b"y")
