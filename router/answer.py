@@ -7,7 +7,7 @@ until then is an HTTP status; after it, an error event and a connection that end
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -49,17 +49,16 @@ class Answerer:
                 raise DeadlineExceeded from None
 
     async def _events(self, exchange: Exchange, job: Job) -> None:
-        with _Watch(self._metrics, self._clock, job) as watch:
-            await run_choices(self._generator, job.choices, job.deadline, _Events(exchange, job, watch))
+        with _Events(self._metrics, self._clock, job, exchange) as reader:
+            await run_choices(self._generator, job.choices, job.deadline, reader)
         extra = self._extra(job, with_usage=job.envelope.include_usage)
         last = job.format.last_event(b"," + msgspec.json.encode(extra)[1:-1]) if extra else b""
         await exchange.end_events(last + DONE)
 
     async def _body(self, exchange: Exchange, job: Job) -> None:
-        with _Watch(self._metrics, self._clock, job) as watch:
-            collected = _Collected(job, watch)
-            await run_choices(self._generator, job.choices, job.deadline, collected)
-        together = list(zip(job.choices, collected.pieces, strict=True))
+        with _Collected(self._metrics, self._clock, job) as reader:
+            await run_choices(self._generator, job.choices, job.deadline, reader)
+        together = list(zip(job.choices, reader.pieces, strict=True))
         await exchange.respond(200, job.format.body(together, self._extra(job, with_usage=True)))
 
     def _extra(self, job: Job, *, with_usage: bool) -> dict[str, Any]:
@@ -71,18 +70,17 @@ class Answerer:
 
 
 class _Watch:
-    """Keeps a job's metrics: one waiting or running request while entered, and what its pieces show."""
+    """What both readers do: keep the metrics. One waiting or running request while entered, and what pieces show."""
 
-    __slots__ = ("_clock", "_job", "_metrics", "_observe_gap", "_running")
+    __slots__ = ("_clock", "_job", "_metrics", "_running")
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job) -> None:
         self._metrics = metrics
         self._clock = clock
         self._job = job
         self._running = False
-        self._observe_gap = metrics.inter_token.observe
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> Self:
         self._metrics.num_waiting += 1
         return self
 
@@ -92,7 +90,7 @@ class _Watch:
         else:
             self._metrics.num_waiting -= 1
 
-    def observe(self, piece: Piece) -> None:
+    def _observe(self, piece: Piece) -> None:
         now, choice = self._clock(), piece.choice
         if not self._running:
             self._running = True
@@ -100,29 +98,28 @@ class _Watch:
             self._metrics.num_running += 1
             self._metrics.first_token.observe(now - self._job.received)
         elif not piece.first:
-            self._observe_gap(now - choice.piece_at)
+            self._metrics.inter_token.observe(now - choice.piece_at)
         choice.piece_at = now
         if piece.finish_reason is not None and choice.stream is not None:
             num_prompt = choice.request.num_prompt_tokens
             self._metrics.finish(choice.stream.timeline, num_prompt, choice.text.num_tokens, piece.finish_reason, now)
 
 
-class _Events:
+class _Events(_Watch):
     """The reader of a streamed answer."""
 
-    __slots__ = ("_exchange", "_format", "_job", "_tail", "_watch")
+    __slots__ = ("_exchange", "_format", "_tail")
 
-    def __init__(self, exchange: Exchange, job: Job, watch: _Watch) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job, exchange: Exchange) -> None:
+        super().__init__(metrics, clock, job)
         self._exchange = exchange
         self._format = job.format
-        self._job = job
-        self._watch = watch
         self._tail: bytes | None = b',"usage":null' if job.envelope.include_usage else b""
         if job.envelope.continuous_usage:
             self._tail = None
 
     def take(self, piece: Piece) -> bool:
-        self._watch.observe(piece)
+        self._observe(piece)
         tail = self._tail
         if tail is None:
             tail = b',"usage":' + msgspec.json.encode(usage(self._job.choices, self._job.num_hidden))
@@ -132,15 +129,15 @@ class _Events:
         await self._exchange.flush()
 
 
-class _Collected:
+class _Collected(_Watch):
     """The reader of an answer in one body: there is always room."""
 
-    def __init__(self, job: Job, watch: _Watch) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job) -> None:
+        super().__init__(metrics, clock, job)
         self.pieces: list[list[Piece]] = [[] for _ in job.choices]
-        self._watch = watch
 
     def take(self, piece: Piece) -> bool:
-        self._watch.observe(piece)
+        self._observe(piece)
         self.pieces[piece.choice.index].append(piece)
         return True
 

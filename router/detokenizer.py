@@ -65,20 +65,25 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-class ByteLevelPieces(dict[int, bytes]):
-    """Token id -> its bytes, filled on first use. Ids that show nothing map to no bytes."""
+class ByteLevelPieces(dict[int, str | bytes]):
+    """Token id -> its text, or its bytes where those are no text by themselves; filled on first use. Ids that show
+    nothing map to no text."""
 
     def __init__(self, token_string: Callable[[int], str | None]) -> None:
         super().__init__()
         self._token_string = token_string
         self._alphabet = byte_alphabet()
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> str | bytes:
         string = self._token_string(token_id) or ""
         try:
-            piece = bytes([self._alphabet[character] for character in string])
+            data = bytes([self._alphabet[character] for character in string])
         except KeyError:  # an added token is not written in the alphabet
-            piece = string.encode()
+            data = string.encode()
+        try:
+            piece: str | bytes = data.decode()
+        except UnicodeDecodeError:
+            piece = data
         self[token_id] = piece
         return piece
 
@@ -112,10 +117,14 @@ class ByteLevelDecoder:
 
     def push(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
-        if len(token_ids) == 1:
-            data = self._held + pieces[token_ids[0]]
+        if len(token_ids) == 1 and not self._held:
+            piece = pieces[token_ids[0]]
+            if isinstance(piece, str):
+                return piece
+            data = piece
         else:
-            data = self._held + b"".join([pieces[token_id] for token_id in token_ids])
+            every = [pieces[token_id] for token_id in token_ids]
+            data = self._held + b"".join([piece.encode() if isinstance(piece, str) else piece for piece in every])
         text, num_used = utf_8_decode(data, "replace", False)
         self._held = data[num_used:]
         return text
