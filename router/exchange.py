@@ -8,6 +8,7 @@ until the next `flush`.
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 WRITE_CHUNK = "baton.write_chunk"  # ASGI extension: writes a part of a body at once; False: the client does not keep up
 MAX_UNSENT_BYTES = 64 * 1024  # of events in one turn of the loop, before their producer has to wait
 LINGER_S = 2.0  # how long what is left of a refused body is read, so that the client gets to see the answer
+
+
+log = logging.getLogger(__name__)
 
 
 class WriteBatch:
@@ -44,7 +48,10 @@ class WriteBatch:
     def _write(self) -> None:
         exchanges, self._exchanges = self._exchanges, []
         for exchange in exchanges:
-            exchange.write_kept()
+            try:
+                exchange.write_kept()
+            except Exception:  # the guard between connections: this one's next flush meets the error again
+                log.exception("a part of the answer to request %s could not be written", exchange.request_id)
 
 
 class Exchange:
@@ -130,8 +137,9 @@ class Exchange:
     def write_kept(self) -> None:
         """Called by the batch."""
         if self._writing and self._unsent and self._write_chunk is not None:
-            events, self._unsent = self._unsent, b""
-            self._writing = self._write_chunk(events)
+            self._writing = False  # also if this raises: then what is kept goes with the next flush
+            self._writing = self._write_chunk(self._unsent)
+            self._unsent = b""
 
     async def flush(self) -> None:
         """Sends what is kept, and waits until the client has made room."""

@@ -75,3 +75,33 @@ async def test_events_of_one_turn_of_the_loop_are_written_together_at_its_end() 
     assert len(wire) == 4
     await two.flush()
     assert wire[4] == ("two", b"y")
+
+
+async def test_a_connection_that_cannot_be_written_to_holds_up_no_other() -> None:
+    wire: list[bytes] = []
+    batch = WriteBatch()
+
+    def make(write: Any) -> Exchange:
+        async def send(message: Any) -> None:
+            wire.append(message.get("body", b"head "))
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
+        return Exchange(scope, receive, send, lambda: "id", batch)
+
+    def broken(_: bytes) -> bool:
+        raise RuntimeError("closed")
+
+    one, two = make(broken), make(lambda events: wire.append(events) is None)
+    await one.flush()
+    await two.flush()
+    wire.clear()
+    assert one.write_events(b"a")
+    assert two.write_events(b"b")
+    await asyncio.sleep(0)
+    assert wire == [b"b"]
+    assert not one.write_events(b"c")
+    await one.flush()
+    assert wire == [b"b", b"ac"]
