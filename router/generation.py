@@ -66,10 +66,8 @@ class GenerationStream(Protocol):
     `prompt_logprobs` (of prompt tokens 1..) is complete when the first delta arrives.
     """
 
+    timeline: Timeline
     prompt_logprobs: list[TokenLogprobs] | None
-
-    @property
-    def timeline(self) -> Timeline: ...
 
     async def forward(self, take: Callable[[Delta], bool]) -> None:
         """Call `take` with each delta where it arrives, until it wants no more (False) or the stream has ended.

@@ -8,12 +8,14 @@ Invariant: `token_ids[i]` is output token i, and what was accepted never changes
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason
 from router.generation import Delta, Timeline
 from router.policies import RoutingDecision
 
+_NOTHING: list[Any] = []  # shared, so never added to: a token of a stream touches as little memory as it can
 _Piece = tuple[list[int], list[TokenLogprobs], FinishReason | None]
 
 
@@ -27,29 +29,27 @@ class TokenStream:
         "_ended",
         "_error",
         "_finish_reason",
-        "_last_token_at",
         "_logprobs",
         "_max_tokens",
-        "_num_consumed",
         "_on_close",
-        "_timeline",
+        "_unread",
         "_waiter",
         "decisions",
         "prompt_logprobs",
+        "timeline",
         "token_ids",
     )
 
     def __init__(self, max_tokens: int, received: float, clock: Callable[[], float]) -> None:
-        self._timeline = Timeline(received=received)
-        self._last_token_at: float | None = None
+        self.timeline = Timeline(received=received)
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.token_ids: list[int] = []
         self.decisions: list[RoutingDecision] = []
         self._max_tokens = max_tokens
         self._clock = clock
-        self._logprobs: list[TokenLogprobs] = []  # of the tokens not consumed yet
-        self._num_consumed = 0
-        self._early: dict[int, _Piece] = {}  # the decode worker's first tokens may overtake the prefill worker's
+        self._unread: list[int] = _NOTHING  # tokens not consumed yet
+        self._logprobs: list[TokenLogprobs] = _NOTHING  # of those
+        self._early: dict[int, _Piece] | None = None  # the decode worker's first may overtake the prefill worker's
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
         self._ended = False  # nothing follows what is buffered
@@ -62,41 +62,41 @@ class TokenStream:
         self._on_close = callback
 
     @property
-    def timeline(self) -> Timeline:
-        self._timeline.last_token = self._last_token_at
-        return self._timeline
-
-    @property
     def num_left(self) -> int:
         return self._max_tokens - len(self.token_ids)
 
     def accept(
         self, index: int, token_ids: list[int], logprobs: list[TokenLogprobs], finish_reason: FinishReason | None
     ) -> bool:
-        """Take output tokens `index ..`; known ones are dropped, early ones kept back. True once finished."""
+        """Take output tokens `index ..`; known ones are dropped, early ones kept back. True once finished.
+
+        The lists are the stream's from then on.
+        """
         num_known = len(self.token_ids)
         if index > num_known:
-            if len(self._early.get(index, ([],))[0]) <= len(token_ids):
-                self._early[index] = (token_ids, logprobs, finish_reason)
+            early = self._early = self._early or {}
+            if len(early.get(index, ([],))[0]) <= len(token_ids):
+                early[index] = (token_ids, logprobs, finish_reason)
             return False
         if index < num_known:
             token_ids, logprobs = token_ids[num_known - index :], logprobs[num_known - index :]
         self._append(token_ids, logprobs, finish_reason)
-        if self._early:
-            self._append_early()
+        if self._early is not None:
+            self._append_early(self._early)
         if self._waiter is not None:
             self._wake()
         return self._ended
 
-    def _append_early(self) -> None:
-        while self._early and (first := min(self._early)) <= len(self.token_ids):
-            token_ids, logprobs, finish_reason = self._early.pop(first)
+    def _append_early(self, early: dict[int, _Piece]) -> None:
+        while early and (first := min(early)) <= len(self.token_ids):
+            token_ids, logprobs, finish_reason = early.pop(first)
             known = len(self.token_ids) - first
             self._append(token_ids[known:], logprobs[known:], finish_reason)
+        self._early = early or None
 
     def discard_early(self) -> None:
         """The attempt is over; the next one starts from what was accepted in order."""
-        self._early.clear()
+        self._early = None
 
     def finish(self, reason: FinishReason) -> None:
         self._finish_reason, self._ended = reason, True
@@ -140,7 +140,9 @@ class TokenStream:
     async def aclose(self) -> None:
         if self._on_close is not None:
             self._on_close()
-        self._num_consumed, self._logprobs = len(self.token_ids), []
+        if self.token_ids and self.timeline.last_token is None:
+            self.timeline.last_token = self._clock()
+        self._unread = self._logprobs = _NOTHING
         self._finish_reason, self._error, self._ended = None, None, True
         self._wake()
 
@@ -148,25 +150,28 @@ class TokenStream:
         if self._ended:
             return
         if token_ids:
-            self._last_token_at = self._clock()
             if not self.token_ids:
-                self._timeline.first_token = self._last_token_at
+                self.timeline.first_token = self._clock()
             self.token_ids += token_ids
-            if logprobs:
+            if self._unread:
+                self._unread += token_ids
+            else:
+                self._unread = token_ids
+            if self._logprobs:
                 self._logprobs += logprobs
+            elif logprobs:
+                self._logprobs = logprobs
         if reason is not None:
+            self.timeline.last_token = self._clock()
             self._finish_reason, self._ended = reason, True
 
     def _take(self) -> Delta | None:
-        token_ids = self.token_ids[self._num_consumed :]
-        reason = self._finish_reason
+        token_ids, reason = self._unread, self._finish_reason
         if not token_ids and reason is None:
             return None
         delta = Delta(token_ids, self._logprobs, reason)
-        self._num_consumed += len(token_ids)
+        self._unread = self._logprobs = _NOTHING
         self._finish_reason = None
-        if self._logprobs:
-            self._logprobs = []
         return delta
 
     async def _wait(self, take: Callable[[Delta], bool]) -> bool:
