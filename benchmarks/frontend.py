@@ -7,9 +7,9 @@ Dynamo 1.6.1 takes 1.75 ms of CPU a request for the same load (0.70 ms with its 
 one at a time.
 
 CPU is that of the router's processes. Latencies depend on what else the machine does; the floor is the median of
-requests one after another, as the client sees it, and less what the workers say that they queued and computed. Beside
-the CPU of an output token stands its own floor: a bare server on the router's core that writes as many bytes to as many
-connections, as often.
+requests one after another, as the client sees it, and less what the workers say that they queued, computed and moved.
+Beside the CPU of an output token stands its own floor: a bare server on the router's core that writes as many bytes to
+as many connections, as often.
 
     python -m benchmarks.frontend --help
 """
@@ -62,7 +62,7 @@ WORDS = (
 NUM_FLOOR = 200  # requests one after another, for the latency floor
 FLOOR_WRITES = 60_000
 EVENT = b"b8\r\n" + b"x" * 184 + b"\r\n"  # the size of one token's
-WORKER_TIMES = re.compile(rb'"(queued_s|prefill_s|decode_s)":([-+.0-9eE]+)')
+WORKER_TIMES = re.compile(rb'"(queued_s|prefill_s|exposed_s|decode_s)":([-+.0-9eE]+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +341,9 @@ class Bench:
     async def floor(self, num_output: int) -> None:
         got = await self.run(raw, 1, NUM_FLOOR, num_output, timeline=True)
         prefill = [times["queued_s"] + times["prefill_s"] for times in got.workers]
-        computed = [waited + times["decode_s"] for waited, times in zip(prefill, got.workers, strict=True)]
+        computed = [
+            waited + times["exposed_s"] + times["decode_s"] for waited, times in zip(prefill, got.workers, strict=True)
+        ]
         for name, latencies, theirs in (
             ("first byte", got.firsts, prefill if self._stream else computed),
             ("whole answer", got.latencies, computed),
