@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +35,7 @@ import psutil
 import uvloop
 
 from baton.demo_model import demo_model
+from benchmarks._bare_writes import write_floor
 from cluster.launcher import LocalCluster
 from cluster.spec import ClusterSpec
 from router.tokenizer import load_tokenizer
@@ -60,8 +60,6 @@ WORDS = (
     "stones",
 )
 NUM_FLOOR = 200  # requests one after another, for the latency floor
-FLOOR_WRITES = 60_000
-EVENT = b"b8\r\n" + b"x" * 184 + b"\r\n"  # the size of one token's
 WORKER_TIMES = re.compile(rb'"(queued_s|prefill_s|exposed_s|decode_s)":([-+.0-9eE]+)')
 
 
@@ -157,61 +155,6 @@ async def raw(load: Load) -> Measured:
     return replace(got, elapsed=time.perf_counter() - began)
 
 
-async def drain(port: int, num_connections: int) -> None:
-    """Read from so many connections until all are closed."""
-    loop, closed = asyncio.get_running_loop(), asyncio.Event()
-    left = num_connections
-
-    class Reader(asyncio.Protocol):
-        def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-            nonlocal left
-            left -= 1
-            if not left:
-                closed.set()
-
-    for _ in range(num_connections):
-        await loop.create_connection(Reader, "127.0.0.1", port)
-    await closed.wait()
-
-
-async def bare_writes(num_connections: int, per_second: float, port: Connection) -> float:
-    """Seconds of CPU a write of one token's event, `per_second` of them, to every connection in turn."""
-    writers: list[asyncio.Transport] = []
-    ready = asyncio.Event()
-
-    class Writer(asyncio.Protocol):
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            writers.append(cast(asyncio.Transport, transport))
-            if len(writers) == num_connections:
-                ready.set()
-
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(Writer, "127.0.0.1", 0, backlog=2048)
-    port.send(server.sockets[0].getsockname()[1])
-    await ready.wait()
-    num_rounds, at, began = FLOOR_WRITES // num_connections, loop.time(), time.process_time()
-    for _ in range(num_rounds):
-        for writer in writers:
-            writer.write(EVENT)
-        at += num_connections / per_second
-        await asyncio.sleep(max(0.0, at - loop.time()))
-    spent = time.process_time() - began
-    for writer in writers:
-        writer.close()
-    return spent / (num_rounds * num_connections)
-
-
-def drain_all(port: int, num_connections: int) -> None:
-    """In the load generator's process."""
-    uvloop.run(drain(port, num_connections))
-
-
-def write_floor(cores: set[int], num_connections: int, per_second: float, port: Connection) -> None:
-    """In a process of its own: sends its port, then what a write costs."""
-    os.sched_setaffinity(0, cores)
-    port.send(uvloop.run(bare_writes(num_connections, per_second, port)))
-
-
 async def openai_client(load: Load) -> Measured:
     from openai import AsyncOpenAI
 
@@ -245,6 +188,7 @@ class Router:
     """The processes that `baton router` runs as."""
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         self._process = psutil.Process(pid)
 
     def cpu(self) -> float:
@@ -362,27 +306,14 @@ class Bench:
         many = await self.run(raw, num_connections, 2 * num_connections, long)
         token_us = 1e6 * (many.cpu - few.cpu) / (2 * num_connections * (long - short))
         per_second = 2 * num_connections * long / many.elapsed
-        floor_us = 1e6 * await self._write_floor(num_connections, per_second)
+        cores = os.sched_getaffinity(self._router.pid)
+        floor_us = 1e6 * await write_floor(num_connections, per_second, cores, self._pool)
         print(
             f"long streams, {num_connections} connections, {long} tokens: {token_us:.1f} us CPU an output token "
             f"({token_us / TARGET_TOKEN_US:.2f} of the target {TARGET_TOKEN_US:.0f}), {per_second:.0f} tokens/s; "
             f"bare writes {floor_us:.1f} us ({token_us / floor_us:.1f} times that)",
             flush=True,
         )
-
-    async def _write_floor(self, num_connections: int, per_second: float) -> float:
-        ours, theirs = multiprocessing.Pipe()
-        cores = os.sched_getaffinity(min(self._router.pids()))
-        writer = multiprocessing.get_context("spawn").Process(
-            target=write_floor, args=(cores, num_connections, per_second, theirs)
-        )
-        writer.start()
-        loop = asyncio.get_running_loop()
-        port = await loop.run_in_executor(None, ours.recv)
-        await loop.run_in_executor(self._pool, drain_all, port, num_connections)
-        seconds: float = await loop.run_in_executor(None, ours.recv)
-        writer.join()
-        return seconds
 
 
 async def measure(bench: Bench, args: argparse.Namespace) -> None:

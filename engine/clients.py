@@ -98,6 +98,9 @@ class Clients:
         output = draft.outputs.get(handle)
         if output is None:
             output = draft.outputs[handle] = pb.Output(handle=handle)
+            if draft.tokens and draft.tokens[-1][0] == handle:  # said just before, it is not alone any more
+                _, output.index, token_id = draft.tokens.pop()
+                output.token_ids.append(token_id)
         return output
 
     def say_token(self, token: TokenOutput) -> None:

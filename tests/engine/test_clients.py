@@ -23,21 +23,23 @@ def test_a_handle_that_is_in_use_is_refused_and_free_again_afterwards() -> None:
     assert clients.admit(session, submit(1, "b")) is not None
 
 
-def test_lone_tokens_travel_as_numbers_and_never_behind_an_output_that_follows_them() -> None:
+def test_lone_tokens_travel_as_numbers_and_others_with_what_else_is_said_of_their_requests() -> None:
     frames: list[pb.Frame] = []
     clients, session = Clients(pb.Description(), lambda sent: frames.extend(sent.values()), lambda: 0.0), SessionId(0)
     clients.attach(session)
-    admitted = [clients.admit(session, submit(handle, "a")) for handle in (1, 2, 3)]
-    one, two, three = (client.request.id for client in admitted if client is not None)
-    clients.say_token(TokenOutput(one, 4, 40))
+    admitted = [clients.admit(session, submit(handle, "a")) for handle in (1, 2, 3, 4)]
+    one, two, three, four = (client.request.id for client in admitted if client is not None)
     clients.output(two).timing.prefill_us = 5  # its token then goes with it
     clients.say_token(TokenOutput(two, 0, 50))
     clients.say_token(TokenOutput(two, 1, 51))
     clients.say_token(TokenOutput(three, 7, 70))
+    clients.say_token(TokenOutput(one, 4, 40))
+    clients.say_token(TokenOutput(four, 0, 90))
+    clients.output(four).timing.prefill_us = 6  # as the roles do with a first token
     clients.say_token(TokenOutput(three, 8, 80, finish_reason=FinishReason.LENGTH))
     clients.flush(pb.Load(), KvCache(4, 4), 0.0)
     [frame] = frames
     tokens = frame.tokens
-    assert list(zip(tokens.handles, tokens.indices, tokens.token_ids, strict=True)) == [(1, 4, 40), (3, 7, 70)]
+    assert list(zip(tokens.handles, tokens.indices, tokens.token_ids, strict=True)) == [(3, 7, 70), (1, 4, 40)]
     said = {output.handle: (output.index, list(output.token_ids), output.finish_reason) for output in frame.outputs}
-    assert said == {2: (0, [50, 51], 0), 3: (8, [80], pb.FINISH_REASON_LENGTH)}
+    assert said == {2: (0, [50, 51], 0), 3: (8, [80], pb.FINISH_REASON_LENGTH), 4: (0, [90], 0)}

@@ -1,7 +1,16 @@
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from router.exchange import MAX_UNSENT_BYTES, WRITE_CHUNK, Exchange, WriteBatch
+from router.exchange import MAX_UNSENT_BYTES, WRITE_CHUNK, Exchange, Send, WriteBatch
+
+
+def make_exchange(write: Callable[[bytes], bool], send: Send, batch: WriteBatch) -> Exchange:
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
+    return Exchange(scope, receive, send, lambda: "id", batch)
 
 
 async def test_events_do_not_overtake_those_that_a_flush_holds() -> None:
@@ -14,15 +23,11 @@ async def test_events_do_not_overtake_those_that_a_flush_holds() -> None:
             await room.wait()  # as uvicorn, which drains before it writes
         wire.append(message.get("body", b"head "))
 
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
     def write(events: bytes) -> bool:
         wire.append(events)
         return True
 
-    scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
-    exchange = Exchange(scope, receive, send, lambda: "id", WriteBatch())
+    exchange = make_exchange(write, send, WriteBatch())
     assert not exchange.write_events(b"a1 ")
     first = asyncio.create_task(exchange.flush())
     await asked.wait()
@@ -48,11 +53,7 @@ async def test_events_of_one_turn_of_the_loop_are_written_together_at_its_end() 
             wire.append((name, events))
             return keeps_up
 
-        async def receive() -> Any:
-            await asyncio.Event().wait()
-
-        scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
-        return Exchange(scope, receive, send, lambda: name, batch)
+        return make_exchange(write, send, batch)
 
     batch = WriteBatch()
     one, two = make("one"), make("two")
@@ -81,20 +82,14 @@ async def test_a_connection_that_cannot_be_written_to_holds_up_no_other() -> Non
     wire: list[bytes] = []
     batch = WriteBatch()
 
-    def make(write: Any) -> Exchange:
-        async def send(message: Any) -> None:
-            wire.append(message.get("body", b"head "))
-
-        async def receive() -> Any:
-            await asyncio.Event().wait()
-
-        scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
-        return Exchange(scope, receive, send, lambda: "id", batch)
+    async def send(message: Any) -> None:
+        wire.append(message.get("body", b"head "))
 
     def broken(_: bytes) -> bool:
         raise RuntimeError("closed")
 
-    one, two = make(broken), make(lambda events: wire.append(events) is None)
+    one = make_exchange(broken, send, batch)
+    two = make_exchange(lambda events: wire.append(events) is None, send, batch)
     await one.flush()
     await two.flush()
     wire.clear()
