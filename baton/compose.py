@@ -10,6 +10,7 @@ import os
 import time
 from pathlib import Path
 
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from baton.device import find_device
@@ -187,7 +188,7 @@ def run_worker(spec: ClusterSpec, role: Role, *, index: int) -> None:
     """Serve one worker until SIGTERM or SIGINT, then drain. Raises RuntimeError when its engine ends by itself."""
     pool = found_pool(spec, role)
     executor = make_executor(spec, pool)  # before the loop, for it blocks for as long as loading takes
-    asyncio.run(_serve_worker(spec, pool, executor, index))
+    uvloop.run(_serve_worker(spec, pool, executor, index))
 
 
 async def _serve_worker(spec: ClusterSpec, pool: PoolSettings, executor: Executor, index: int) -> None:

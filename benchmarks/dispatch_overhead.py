@@ -1,7 +1,7 @@
 """Router CPU per token and per request through sessions and dispatcher, and the prefix index at scale.
 
-The workers run in a second process and send one frame per step for all their requests, over real gRPC on loopback,
-as fast as they are told to. CPU time is the router process's own, all of its threads included; no HTTP front.
+The workers run in a second process and send one frame per step for all their requests, over loopback, as fast as they
+are told to. CPU time is the router process's own, all of its threads included; no HTTP front.
 
     python -m benchmarks.dispatch_overhead --help
 """
@@ -13,17 +13,16 @@ import random
 import time
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
-from typing import Any
 
-import grpc
-
+from engine.message_server import MessageServer
+from engine.message_stream import MessageStream
 from engine.request import Request, RequestId, SamplingParams
+from engine.session import SERVICE
 from protos import worker_pb2 as pb
 from router.dispatcher import Dispatcher, DispatcherConfig
 from router.membership import Joined, Left
 from router.policies import PrefixAware
 from router.prefix_index import PrefixIndex
-from router.session import METHOD
 
 MODEL = "model"
 
@@ -34,21 +33,23 @@ class SteppingWorker:
     def __init__(self, worker_id: str, role: str, step_s: float) -> None:
         self._worker_id, self._role, self._step_s = worker_id, role, step_s
 
-    async def serve(self) -> tuple[grpc.aio.Server, str]:
-        server = grpc.aio.server()
-        handler = grpc.stream_stream_rpc_method_handler(
-            self._session, request_deserializer=pb.Command.FromString, response_serializer=pb.Frame.SerializeToString
-        )
-        _, service, method = METHOD.split("/")
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        port = server.add_insecure_port("127.0.0.1:0")
+    async def serve(self) -> MessageServer:
+        server = MessageServer("127.0.0.1", token="")
+        server.register(SERVICE, pb.Command.FromString, self._session)
         await server.start()
-        return server, f"127.0.0.1:{port}"
+        return server
 
-    async def _session(self, commands: AsyncIterator[pb.Command], context: Any) -> None:
+    async def _session(self, stream: MessageStream) -> None:
         running: dict[int, list[int]] = {}  # handle -> [next index, max_tokens]
         fresh: list[pb.Submit] = []
-        reader = asyncio.create_task(self._read(commands, running, fresh))
+
+        def receive(command: pb.Command) -> None:
+            if command.HasField("submit"):
+                fresh.append(command.submit)
+            elif command.HasField("cancel"):
+                running.pop(command.cancel.handle, None)
+
+        stream.deliver_to(receive)
         described = pb.Description(
             worker_id=self._worker_id,
             role=self._role,
@@ -60,16 +61,13 @@ class SteppingWorker:
         )
         frame = pb.Frame(description=described, kv_snapshot=pb.KvSnapshot())
         number = 0
-        try:
-            while True:
-                frame.number = number
-                frame.load.CopyFrom(pb.Load(num_running=len(running), num_free_blocks=100_000, progress=number))
-                await context.write(frame)
-                number += 1
-                await asyncio.sleep(self._step_s)
-                frame = self._step(running, fresh)
-        finally:
-            reader.cancel()
+        while not stream.over:
+            frame.number = number
+            frame.load.CopyFrom(pb.Load(num_running=len(running), num_free_blocks=100_000, progress=number))
+            stream.send(frame)
+            number += 1
+            await asyncio.sleep(self._step_s)
+            frame = self._step(running, fresh)
 
     def _step(self, running: dict[int, list[int]], fresh: list[pb.Submit]) -> pb.Frame:
         outputs, tokens = [], pb.Tokens()
@@ -94,15 +92,6 @@ class SteppingWorker:
         fresh.clear()
         return pb.Frame(outputs=outputs, tokens=tokens)
 
-    async def _read(
-        self, commands: AsyncIterator[pb.Command], running: dict[int, list[int]], fresh: list[pb.Submit]
-    ) -> None:
-        async for command in commands:
-            if command.HasField("submit"):
-                fresh.append(command.submit)
-            elif command.HasField("cancel"):
-                running.pop(command.cancel.handle, None)
-
 
 class Listed:
     """A membership that never changes."""
@@ -120,13 +109,13 @@ def run_workers(num_each: int, step_s: float, to_router: Connection) -> None:
         members, servers = [], []
         for role in ("prefill", "decode"):
             for i in range(num_each):
-                server, address = await SteppingWorker(f"{role}-{i}", role, step_s).serve()
+                server = await SteppingWorker(f"{role}-{i}", role, step_s).serve()
                 servers.append(server)
-                members.append((f"{role}-{i}", role, address, 1))
+                members.append((f"{role}-{i}", role, server.address, 1))
         to_router.send(members)
         await asyncio.get_running_loop().run_in_executor(None, to_router.recv)
         for server in servers:
-            await server.stop(None)
+            await server.stop()
 
     asyncio.run(serve())
 

@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from threading import Event
 
-import grpc
 import numpy as np
 
-from engine.auth import TokenInterceptor
 from engine.kv.layout import KvLayout
 from engine.kv.memory import HostMemory
+from engine.message_server import MessageServer
 from kv_transfer.checksum import checksum
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink, SinkConfig
@@ -84,15 +83,14 @@ async def run_source(args: argparse.Namespace, parent: Connection) -> None:
         if args.transport == "shared_memory"
         else TcpServer(memory, host="127.0.0.1", token=TOKEN)
     )
-    server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
-    port = server.add_insecure_port("127.0.0.1:0")
+    server = MessageServer("127.0.0.1", token=TOKEN)
     source = KvSource(
         worker_id="source",
         epoch="1",
         memory=memory,
         layer_groups=[layout.num_layers * (i + 1) // args.layer_groups for i in range(args.layer_groups)],
         fingerprint=fingerprint("benchmark", [layout], b""),
-        link_address=f"127.0.0.1:{port}",
+        link_address=server.address,
         transports=[transport],
         on_released=lambda _lease_id, _block_ids: None,
     )
@@ -112,7 +110,7 @@ async def run_source(args: argparse.Namespace, parent: Connection) -> None:
             parent.send(time.perf_counter() - started)
         else:
             await loop.run_in_executor(None, send_plainly, command, memory)
-    await server.stop(0)
+    await server.stop()
     await source.close()
     memory.close()
 

@@ -132,7 +132,7 @@ class PoolSpec(Section):
     scheduler: SchedulerSpec | None = Field(None, description="overrides the fields of scheduler it names")
     kv_cache: KvCacheSpec | None = Field(None, description="overrides kv_cache; memory or num_blocks replaces both")
     host: Host | None = Field(None, description="address its ports bind to; null: security.bind_host")
-    port: Port = Field(0, description="gRPC port; 0: any free one")
+    port: Port = Field(0, description="port for routers and decode workers; 0: any free one")
 
 
 class SloSpec(Section):

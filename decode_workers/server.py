@@ -1,4 +1,4 @@
-"""The rim of a decode process: gRPC server, the KV sink, and the thread the worker loop runs in."""
+"""The rim of a decode process: message server, the KV sink, and the thread the worker loop runs in."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from engine.executors.base import Executor
 from engine.inbox import Inbox
 from engine.loop import Drain, WorkerLoop
 from engine.scheduler import SchedulerConfig
-from engine.server import InternalServer, LoopThread, WorkerIdentity, describe
+from engine.server import LoopThread, WorkerIdentity, describe, internal_server
 from engine.session import SessionCommand, SessionServer
 from kv_transfer.sink import KvSink, SinkConfig
 from kv_transfer.transports.base import SinkTransport
@@ -44,7 +44,7 @@ class DecodeServer:
     ) -> None:
         self._executor = executor
         self._inbox: Inbox[SessionCommand | Drain | PullEnded] = Inbox()
-        self._server = InternalServer(identity)
+        self._server = internal_server(identity)
         self.address = self._server.address
         engine = Engine(executor, scheduler, secret=hash_secret, model=identity.model)
         self._sessions = SessionServer(self._inbox.post, lambda: self.loop.current_load(), clock)
@@ -66,7 +66,7 @@ class DecodeServer:
         self._rim = asyncio.get_running_loop()
 
     async def start(self) -> None:
-        self._sessions.register(self._server.grpc)
+        self._sessions.register(self._server)
         await self._server.start()
         self.thread.start()
 

@@ -1,18 +1,12 @@
-"""The deployment's token on every internal plane: sent by clients, demanded by servers.
+"""The deployment's token on every internal plane: proved by clients, demanded by servers.
 
 One token, read from a file by `baton/`, serves all planes. Without a token only loopback addresses
-may be bound. The value itself never travels on a raw socket: see `challenge_response`.
+may be bound. The value itself never travels: see `challenge_response`.
 """
 
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-import grpc
-
-METADATA_KEY = "authorization"
 
 
 def is_loopback(host: str) -> bool:
@@ -34,32 +28,6 @@ def check_bind(host: str, token: str) -> None:
         )
 
 
-def metadata(token: str) -> list[tuple[str, str]]:
-    """gRPC call metadata that proves knowledge of the token."""
-    return [(METADATA_KEY, f"Bearer {token}")] if token else []
-
-
 def challenge_response(token: str, challenge: bytes) -> bytes:
-    """Answer to a raw-socket server's random challenge: HMAC-SHA256 with the token."""
+    """Answer to a server's random challenge: HMAC-SHA256 with the token."""
     return hmac.new(token.encode(), challenge, hashlib.sha256).digest()
-
-
-class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call that does not carry the token, in constant time."""
-
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode() if token else None
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        sent = dict(details.invocation_metadata or ()).get(METADATA_KEY, "")
-        if self._expected is None or hmac.compare_digest(str(sent).encode(), self._expected):
-            return await continuation(details)
-
-        async def refuse(_messages: Any, context: grpc.aio.ServicerContext) -> None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the deployment's token is missing or wrong")
-
-        return grpc.stream_stream_rpc_method_handler(refuse)

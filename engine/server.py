@@ -1,4 +1,4 @@
-"""What both roles' servers share: who the worker is, its gRPC server on the internal plane, and its engine thread."""
+"""What both roles' servers share: who the worker is, its port on the internal plane, and its engine thread."""
 
 import asyncio
 import logging
@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any
 
-import grpc
-
-from engine.auth import TokenInterceptor, check_bind
 from engine.engine import Engine
 from engine.loop import WorkerLoop
+from engine.message_server import MessageServer
 from engine.scheduler import SchedulerConfig
-from engine.wire import CHANNEL_OPTIONS
 from protos import worker_pb2 as pb
 
-STOP_GRACE_S = 1.0
 STOP_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -34,32 +30,11 @@ class WorkerIdentity:
     token: str = ""
 
 
-class InternalServer:
-    """A grpc.aio server that demands the deployment's token. Register services, `start`, `stop`."""
-
-    def __init__(self, identity: WorkerIdentity) -> None:
-        """Binds the port. Raises ValueError when it would be open to other machines without a token."""
-        check_bind(identity.bind_host, identity.token)
-        self.grpc: Any = grpc.aio.server(
-            interceptors=[TokenInterceptor(identity.token)],
-            options=[
-                *CHANNEL_OPTIONS,
-                ("grpc.so_reuseport", 0),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-            ],
-        )
-        port = self.grpc.add_insecure_port(_join(identity.bind_host, identity.port))
-        self.address = _join(identity.advertise_host or identity.bind_host, port)
-
-    async def start(self) -> None:
-        await self.grpc.start()
-
-    async def stop(self) -> None:
-        await self.grpc.stop(STOP_GRACE_S)
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def internal_server(identity: WorkerIdentity) -> MessageServer:
+    """Binds the port. Raises ValueError when it would be open to other machines without a token."""
+    return MessageServer(
+        identity.bind_host, identity.port, token=identity.token, advertised_host=identity.advertise_host
+    )
 
 
 def describe(

@@ -3,28 +3,25 @@
 Lives on the worker's asyncio loop. It knows sessions and frames, not requests: commands are posted to the
 engine thread, which answers through `deliver`: one frame per session and step, and one before a step that starts
 requests, for their offers. While the engine thread is inside a long step, this side keeps every session alive with
-heartbeats that carry the latest load.
+heartbeats that carry the latest load. A router that does not read loses its session, and attaches again.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NewType
+from typing import NewType
 
-import grpc
-
+from engine.message_server import MessageServer
+from engine.message_stream import MessageStream, StreamLost
 from protos import worker_pb2 as pb
 
 SessionId = NewType("SessionId", int)
 
-METHOD = "/baton.worker.Worker/Session"
+SERVICE = "session"
 HEARTBEAT_S = 0.5
 ATTACH_TIMEOUT_S = 10.0
-WRITE_TIMEOUT_S = 10.0
-MAX_BACKLOG = 10_000  # frames; a router that lags this far behind is cut off and attaches again
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +52,7 @@ SessionCommand = Attached | Submitted | Cancelled | Ended
 
 
 class SessionServer:
-    """Serves `Worker.Session`. `post` is called on the loop for every command of every session.
+    """Serves the sessions of routers. `post` is called on the loop for every command of every session.
 
     `current_load` is read for heartbeats and must be safe to call from the loop at any time. `clock` is monotonic
     seconds, the engine thread's.
@@ -68,89 +65,77 @@ class SessionServer:
         self._current_load = current_load
         self._clock = clock
         self._ids = itertools.count()
-        self._outboxes: dict[SessionId, asyncio.Queue[pb.Frame | None]] = {}
+        self._outboxes: dict[SessionId, _Outbox] = {}
         self._loop = asyncio.get_running_loop()
 
-    def register(self, server: Any) -> None:
-        handler = grpc.stream_stream_rpc_method_handler(
-            self._serve,
-            request_deserializer=pb.Command.FromString,
-            response_serializer=pb.Frame.SerializeToString,
-        )
-        _, service, method = METHOD.split("/")
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    def register(self, server: MessageServer) -> None:
+        server.register(SERVICE, pb.Command.FromString, self._serve)
 
     def deliver(self, frames: Mapping[SessionId, pb.Frame]) -> None:
         """Send each session its frame, in order of calls. Thread-safe; numbers are given on the loop."""
-        self._loop.call_soon_threadsafe(self._enqueue, frames)
+        self._loop.call_soon_threadsafe(self._send, frames)
 
-    def _enqueue(self, frames: Mapping[SessionId, pb.Frame]) -> None:
+    def _send(self, frames: Mapping[SessionId, pb.Frame]) -> None:
         for session, frame in frames.items():
-            outbox = self._outboxes.get(session)
-            if outbox is None:
-                continue
-            if outbox.qsize() >= MAX_BACKLOG:
-                log.warning("router session %d does not read its frames: cut off", session)
-                del self._outboxes[session]
-                outbox.put_nowait(None)
-            else:
-                outbox.put_nowait(frame)
+            if (outbox := self._outboxes.get(session)) is not None:
+                outbox.send(frame)
 
-    async def _serve(self, messages: AsyncIterator[pb.Command], context: Any) -> None:
+    async def _serve(self, stream: MessageStream) -> None:
         session = SessionId(next(self._ids))
-        try:
-            async with asyncio.timeout(ATTACH_TIMEOUT_S):
-                first = await anext(messages)
-        except (TimeoutError, StopAsyncIteration):
-            first = pb.Command()
+        async with asyncio.timeout(ATTACH_TIMEOUT_S):
+            first = await stream.read()
+        if first is None:
+            return
         if first.WhichOneof("kind") != "attach":
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first command of a session must be attach")
+            raise StreamLost("the first command of a session must be attach")
         log.info("router %s attached as session %d", first.attach.router_id[:64], session)
-        outbox: asyncio.Queue[pb.Frame | None] = asyncio.Queue()
-        self._outboxes[session] = outbox
+        outbox = self._outboxes[session] = _Outbox(stream, self._loop, self._clock)
         self._post(Attached(session))
-        reader = asyncio.create_task(self._read(session, messages, outbox))
         try:
-            await self._write(outbox, context)
+            stream.deliver_to(lambda command: self._receive(session, command))
+            await self._keep_alive(stream, outbox)
         finally:
-            reader.cancel()
-            self._outboxes.pop(session, None)
+            del self._outboxes[session]
             self._post(Ended(session))
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
             log.info("session %d ended", session)
 
-    async def _read(
-        self, session: SessionId, messages: AsyncIterator[pb.Command], outbox: "asyncio.Queue[pb.Frame | None]"
-    ) -> None:
-        """Post commands until the router hangs up; silence is legal, the channel's keepalive finds dead peers."""
-        try:
-            async for command in messages:
-                match command.WhichOneof("kind"):
-                    case "submit":
-                        self._post(Submitted(session, command.submit))
-                    case "cancel":
-                        self._post(Cancelled(session, command.cancel.handle))
-                    case _:
-                        log.warning("session %d sent an unexpected command", session)
-                        break
-        finally:
-            outbox.put_nowait(None)
+    def _receive(self, session: SessionId, command: pb.Command) -> None:
+        match command.WhichOneof("kind"):
+            case "submit":
+                self._post(Submitted(session, command.submit))
+            case "cancel":
+                self._post(Cancelled(session, command.cancel.handle))
+            case _:
+                raise StreamLost(f"session {session} sent an unexpected command")
 
-    async def _write(self, outbox: "asyncio.Queue[pb.Frame | None]", context: Any) -> None:
-        number = 0
+    async def _keep_alive(self, stream: MessageStream, outbox: "_Outbox") -> None:
+        """Until the router hangs up. Its silence is legal: the connection itself finds out about dead peers."""
         while True:
+            wait_s = outbox.sent_at + HEARTBEAT_S - self._loop.time()
+            if wait_s <= 0:
+                wait_s = HEARTBEAT_S
+                if outbox.number:  # frame 0 must be the engine's: it holds the snapshot
+                    outbox.send(pb.Frame(load=self._current_load()))
             try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    frame = await outbox.get()
+                async with asyncio.timeout(wait_s):
+                    return await stream.wait_over()
             except TimeoutError:
-                if number == 0:  # frame 0 must be the engine's: it holds the snapshot
-                    continue
-                frame = pb.Frame(load=self._current_load())
-            if frame is None:
-                return
-            frame.number = number
-            frame.sent_us = round(self._clock() * 1e6)
-            number += 1
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await context.write(frame)
+                continue
+
+
+class _Outbox:
+    """Numbers the frames of one session."""
+
+    def __init__(self, stream: MessageStream, loop: asyncio.AbstractEventLoop, clock: Callable[[], float]) -> None:
+        self.number = 0  # of the next frame
+        self.sent_at = loop.time()
+        self._stream = stream
+        self._loop = loop
+        self._clock = clock
+
+    def send(self, frame: pb.Frame) -> None:
+        self.sent_at = self._loop.time()
+        frame.number = self.number
+        frame.sent_us = round(self._clock() * 1e6)
+        self.number += 1
+        self._stream.send(frame)

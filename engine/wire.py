@@ -10,18 +10,6 @@ from engine.scheduler import EngineLoad
 from engine.step_model import StepModel
 from protos import worker_pb2 as pb
 
-# A prompt of a million tokens is about 4 MB; a snapshot of a million cached blocks 8 MB.
-MAX_MESSAGE_BYTES = 64 << 20
-
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-
 _FINISH_TO_PB = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,

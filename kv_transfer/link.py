@@ -1,48 +1,14 @@
-"""The gRPC side of a link: one bidirectional stream between a sink and a source (protos/transfer.proto).
+"""What both ends of a link share: one stream of messages between a sink and a source (protos/transfer.proto).
 
-Used by SourceLink and SinkLink. The service has one method, so its handler and stub are written out here.
+Used by SourceLink and SinkLink.
 """
 
-from collections.abc import Awaitable, Callable
 from itertools import pairwise
-from typing import Any
 
-import grpc
-
-from engine import auth
 from engine.kv.layout import KvLayout
 from protos import transfer_pb2 as pb
 
-SERVICE = "baton.transfer.KvTransfer"
-METHOD = "Link"
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.use_local_subchannel_pool", 1),  # a link that was made again gets a connection of its own
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
-
-
-def link_handler(serve: Callable[[grpc.aio.ServicerContext], Awaitable[None]]) -> grpc.GenericRpcHandler:
-    async def link(_requests: Any, context: grpc.aio.ServicerContext) -> None:
-        await serve(context)
-
-    method = grpc.stream_stream_rpc_method_handler(
-        link,
-        request_deserializer=pb.SinkMessage.FromString,
-        response_serializer=pb.SourceMessage.SerializeToString,
-    )
-    return grpc.method_handlers_generic_handler(SERVICE, {METHOD: method})
-
-
-def open_link(channel: grpc.aio.Channel, token: str) -> grpc.aio.StreamStreamCall:
-    method: grpc.aio.StreamStreamMultiCallable = channel.stream_stream(
-        f"/{SERVICE}/{METHOD}",
-        request_serializer=pb.SinkMessage.SerializeToString,
-        response_deserializer=pb.SourceMessage.FromString,
-    )
-    return method(metadata=auth.metadata(token))
+SERVICE = "kv-link"
 
 
 def layout_to_message(layout: KvLayout) -> pb.KvLayout:

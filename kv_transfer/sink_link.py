@@ -7,17 +7,16 @@ and the next one makes a new link. Copy threads belong to the link, so a source 
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import grpc
-
 from engine.errors import TransferError
 from engine.kv.layout import KvLayout
-from kv_transfer.link import CHANNEL_OPTIONS, layout_from_message, layout_to_message, open_link
+from engine.message_stream import MessageStream, StreamLost
+from engine.message_stream import connect as connect_stream
+from kv_transfer.link import SERVICE, layout_from_message, layout_to_message
 from kv_transfer.plan import TransferPlan, plan_transfer
 from kv_transfer.pull import Pull
 from kv_transfer.transports.base import Reader, SinkTransport
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 Opened = tuple[Reader, "CopyStream | None"]
 OpenStream = Callable[[Reader], "CopyStream | None"]
 
-WRITE_S = 5.0
 SILENT_TICKS = 8
 
 
@@ -66,19 +64,10 @@ class CannotRead(Exception):
 class SinkLink:
     """`open_stream` is called with the link's reader, in a thread, and raises TransferError like `connect`."""
 
-    def __init__(
-        self,
-        channel: grpc.aio.Channel,
-        call: grpc.aio.StreamStreamCall,
-        config: LinkConfig,
-        open_stream: OpenStream,
-    ) -> None:
-        self._channel = channel
-        self._call = call
+    def __init__(self, messages: MessageStream, config: LinkConfig, open_stream: OpenStream) -> None:
+        self._messages = messages
         self._config = config
         self._open_stream = open_stream
-        self._outbox: deque[pb.SinkMessage] = deque()
-        self._wake = asyncio.Event()
         self._pulls: dict[str, Pull] = {}
         self._conversation: asyncio.Task[None] | None = None
         self._idle_since = asyncio.get_running_loop().time()
@@ -97,14 +86,17 @@ class SinkLink:
     @staticmethod
     async def connect(address: str, greeting: Greeting, config: LinkConfig, open_stream: OpenStream) -> "SinkLink":
         """Raise TransferError when refused, CannotRead when only the transport failed. The caller sets the deadline."""
-        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        link = SinkLink(channel, open_link(channel, greeting.token), config, open_stream)
+        try:
+            messages = await connect_stream(address, SERVICE, greeting.token, pb.SourceMessage.FromString)
+        except StreamLost as error:
+            raise TransferError(f"no link to the source: {error}", retryable=True) from error
+        link = SinkLink(messages, config, open_stream)
         try:
             await link._greet(greeting)
         except BaseException as error:
             await link.close()
-            if isinstance(error, grpc.RpcError):
-                raise TransferError(f"no link to the source: {_code(error)}", retryable=True) from error
+            if isinstance(error, StreamLost):
+                raise TransferError(f"no link to the source: {error}", retryable=True) from error
             raise
         link.alive = True
         link._conversation = asyncio.create_task(link._converse())
@@ -124,8 +116,7 @@ class SinkLink:
         return lease_id in self._pulls
 
     def send(self, message: pb.SinkMessage) -> None:
-        self._outbox.append(message)
-        self._wake.set()
+        self._messages.send(message)
 
     async def close(self) -> None:
         """Its pulls fail. Afterwards none of their copies runs any more, and nothing of the source is mapped."""
@@ -133,13 +124,13 @@ class SinkLink:
         if self._conversation is not None:
             self._conversation.cancel()
             await asyncio.wait((self._conversation,))
-        await self._hang_up()
+        self._messages.abort()
         await self._unused.wait()  # copies look at their stop, and have deadlines of their own
         if self._closing is not None:
             await asyncio.wrap_future(self._closing)
 
     async def _converse(self) -> None:
-        tasks = [asyncio.create_task(part) for part in (self._listen(), self._speak(), self._watch())]
+        tasks = [asyncio.create_task(part) for part in (self._listen(), self._renew(), self._watch())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -149,15 +140,7 @@ class SinkLink:
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(result, Exception):
                     log.warning("link to source %s: %r", self.epoch, result)
-            await self._hang_up()
-
-    async def _hang_up(self) -> None:
-        """gRPC keeps the connection until call and channel are forgotten, and a pull's traceback may hold this link."""
-        call, channel = self._call, self._channel
-        self._call = self._channel = None
-        if channel is not None:
-            call.cancel()
-            await channel.close()
+            self._messages.abort()
 
     async def _greet(self, greeting: Greeting) -> None:
         hello = pb.Hello(
@@ -167,9 +150,9 @@ class SinkLink:
             transports=[transport.name for transport in greeting.transports],
             boot_id=greeting.boot_id,
         )
-        await self._call.write(pb.SinkMessage(hello=hello))
-        message = await self._call.read()
-        if message is grpc.aio.EOF or message.WhichOneof("kind") != "hello":
+        self._messages.send(pb.SinkMessage(hello=hello))
+        message = await self._messages.read()
+        if message is None or message.WhichOneof("kind") != "hello":
             raise TransferError("the source did not greet", retryable=True)
         reply = message.hello
         if reply.refused:
@@ -207,15 +190,12 @@ class SinkLink:
             raise
 
     async def _listen(self) -> None:
+        self._messages.deliver_to(self._hear)
         try:
-            while self.alive:
-                message = await self._call.read()  # _watch is its deadline
-                if message is grpc.aio.EOF:
-                    return self._die("the source ended the link")
-                self._num_silent_ticks = 0
-                self._hear(message)
-        except grpc.RpcError as error:
-            self._die(f"the link to the source broke: {_code(error)}")
+            await self._messages.wait_over()  # _watch is its deadline
+            self._die("the source ended the link")
+        except StreamLost as error:
+            self._die(f"the link to the source broke: {error}")
 
     async def _watch(self) -> None:
         """Silence is counted in ticks: when this process itself stood still, that is one tick, not many."""
@@ -225,6 +205,7 @@ class SinkLink:
         self._die(f"the source was silent for {self._config.silence_s} s")
 
     def _hear(self, message: pb.SourceMessage) -> None:
+        self._num_silent_ticks = 0
         match message.WhichOneof("kind"):
             case "announcement":
                 if (pull := self._pulls.get(message.announcement.lease_id)) is not None:
@@ -233,41 +214,16 @@ class SinkLink:
                 if (pull := self._pulls.get(message.closed.lease_id)) is not None:
                     pull.closed(message.closed)
 
-    async def _speak(self) -> None:
-        """Messages as they come; the leases of all pulls renewed together, which also tells the source we live."""
+    async def _renew(self) -> None:
+        """The leases of all pulls together, which also tells the source that we live."""
         loop = asyncio.get_running_loop()
-        interval = self._lease_s / 3
-        next_renewal = loop.time() + interval
-        try:
-            while self.alive:
-                while self._outbox:
-                    await self._write(self._outbox.popleft())
-                self._wake.clear()
-                if loop.time() >= next_renewal:
-                    if not self._pulls and loop.time() - self._idle_since > self._config.idle_s:
-                        return
-                    next_renewal = loop.time() + interval
-                    await self._write(pb.SinkMessage(renew=pb.Renew(lease_ids=list(self._pulls))))
-                if not self._outbox:
-                    await self._wait(next_renewal - loop.time())
-        except (TimeoutError, grpc.RpcError, asyncio.InvalidStateError) as error:
-            self._die(f"the source cannot be written to: {type(error).__name__}")
-
-    async def _wait(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(max(0.0, seconds)):
-                await self._wake.wait()
-        except TimeoutError:
-            return
-
-    async def _write(self, message: pb.SinkMessage) -> None:
-        async with asyncio.timeout(WRITE_S):
-            await self._call.write(message)
+        while self._pulls or loop.time() - self._idle_since <= self._config.idle_s:
+            await asyncio.sleep(self._lease_s / 3)
+            self.send(pb.SinkMessage(renew=pb.Renew(lease_ids=list(self._pulls))))
 
     def _die(self, reason: str) -> None:
         """Idempotent. Pulls hear of it and detach when their copies have stopped."""
         self.alive = False
-        self._wake.set()
         for pull in list(self._pulls.values()):
             pull.lost(reason)
         self._release_when_unused()
@@ -288,7 +244,3 @@ def _discard(opening: "asyncio.Task[Opened]") -> None:
     if not opening.cancelled() and opening.exception() is None:
         reader, _ = opening.result()
         opening.get_loop().run_in_executor(None, reader.close)
-
-
-def _code(error: grpc.RpcError) -> str:
-    return str(error.code().name) if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__

@@ -1,7 +1,7 @@
 """The source of KV in a prefill worker: leases blocks to sinks and announces them as they become final.
 
 `open`, `announce`, `finish` and `abort` are called from the engine thread: they take a short lock, never wait for the
-network, and wake the link's task. The gRPC side (SourceLink) and the timer that expires leases run on the asyncio
+network, and wake the link's task. The links (SourceLink) and the timer that expires leases run on the asyncio
 loop; sending transports ask for blocks from threads of their own. All state is behind the one lock.
 
 Invariants: the blocks given to `open` belong to the lease until `on_released` is called for it, which happens exactly
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from threading import Lock
 from time import monotonic
 
-import grpc
-
 from engine.kv.layout import BlockId
 from engine.kv.memory import HostMemory, KvMemory
+from engine.message_server import MessageServer
+from engine.message_stream import MessageStream
 from kv_transfer.checksum import HostChecksums, PieceChecksums
 from kv_transfer.fingerprint import difference
 from kv_transfer.lease import LeaseTable
-from kv_transfer.link import layer_ranges, layout_from_message, layout_to_message, link_handler
+from kv_transfer.link import SERVICE, layer_ranges, layout_from_message, layout_to_message
 from kv_transfer.plan import plan_transfer
 from kv_transfer.source_link import SourceLink, Span, Work
 from kv_transfer.transports.base import LINK_KEY_BYTES, ServerTransport
@@ -168,9 +168,9 @@ class KvSource:
 
     # The rim.
 
-    def register(self, server: grpc.aio.Server) -> None:
-        """Add the KvTransfer service, and start expiring leases. Call on the server's loop."""
-        server.add_generic_rpc_handlers((link_handler(self._serve_link),))
+    def register(self, server: MessageServer) -> None:
+        """Serve links there, and start expiring leases. Call on the server's loop."""
+        server.register(SERVICE, pb.SinkMessage.FromString, self._serve_link)
         self._timer = asyncio.get_running_loop().create_task(self._expire_leases())
 
     async def close(self) -> None:
@@ -205,11 +205,11 @@ class KvSource:
             await asyncio.sleep(max(0.01, min(wait, self._config.lease_s)))  # no lease made meanwhile ends sooner
             self.expire()
 
-    async def _serve_link(self, context: grpc.aio.ServicerContext) -> None:
+    async def _serve_link(self, stream: MessageStream) -> None:
         link = SourceLink(
             self, self._checksums, self._hasher, os.urandom(LINK_KEY_BYTES), heartbeat_s=self._config.heartbeat_s
         )
-        await link.serve(context, self._config.lease_s)
+        await link.serve(stream, self._config.lease_s)
 
     # What links ask (LinkDesk).
 
@@ -222,6 +222,7 @@ class KvSource:
             return pb.HelloReply(refused=f"transport: none of {list(hello.transports)[:8]} can be used")
         with self._lock:
             if len(self._links) >= self._config.max_links:
+                log.warning("a sink was turned away: %d links are open", len(self._links))
                 return None
             link.checksummed, link.worthwhile_bytes = transport.checksums, transport.worthwhile_bytes
             self._links[link.id] = link

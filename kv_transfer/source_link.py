@@ -1,8 +1,8 @@
 """One link on the source's side: greets the sink, hears what it wants, tells it what is final.
 
-Runs on the asyncio loop; one instance for each gRPC stream. What must be shared with the engine thread lives in
+Runs on the asyncio loop; one instance for each stream. What must be shared with the engine thread lives in
 KvSource behind its lock; this class keeps the stream going. Life: hello -> serving -> ended, when either side ends
-the stream, the sink is silent for a lease's time, or a message cannot be written in time. Leases opened here end
+the stream, the sink is silent for a lease's time, or does not read. Leases opened here end
 with it.
 """
 
@@ -13,10 +13,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
-import grpc
-from google.protobuf.message import DecodeError
-
 from engine.kv.layout import BlockId
+from engine.message_stream import MessageStream, StreamLost
 from kv_transfer.checksum import PieceChecksums
 from kv_transfer.transports.base import LINK_ID_BYTES
 from protos import transfer_pb2 as pb
@@ -24,7 +22,6 @@ from protos import transfer_pb2 as pb
 log = logging.getLogger(__name__)
 
 HELLO_S = 5.0
-WRITE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,31 +91,29 @@ class SourceLink:
         self._ended = True
         self._wake.set()
 
-    async def serve(self, context: grpc.aio.ServicerContext, silence_s: float) -> None:
+    async def serve(self, stream: MessageStream, silence_s: float) -> None:
         try:
             async with asyncio.timeout(HELLO_S):
-                first = await context.read()
-            if first is grpc.aio.EOF or first.WhichOneof("kind") != "hello":
+                first = await stream.read()
+            if first is None or first.WhichOneof("kind") != "hello":
                 return
             reply = self._desk.welcome(self, first.hello)
             if reply is None:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many links")
                 return
-            await self._write(context, pb.SourceMessage(hello=reply))
-            if reply.refused:
-                return
-            await self._converse(context, silence_s)
-        except (grpc.RpcError, TimeoutError, DecodeError) as error:
+            stream.send(pb.SourceMessage(hello=reply))
+            if not reply.refused:
+                await self._converse(stream, silence_s)
+        except (StreamLost, TimeoutError) as error:
             log.info("link %s lost: %r", self.id.hex()[:8], error)
         finally:
             self._ended = True
             self._desk.drop_link(self)
 
-    async def _converse(self, context: grpc.aio.ServicerContext, silence_s: float) -> None:
+    async def _converse(self, stream: MessageStream, silence_s: float) -> None:
         """Until one side has nothing more to say."""
         tasks = (
-            asyncio.create_task(self._speak(context)),
-            asyncio.create_task(self._listen(context, silence_s)),
+            asyncio.create_task(self._speak(stream)),
+            asyncio.create_task(self._listen(stream, silence_s)),
         )
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -129,11 +124,11 @@ class SourceLink:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _listen(self, context: grpc.aio.ServicerContext, silence_s: float) -> None:
+    async def _listen(self, stream: MessageStream, silence_s: float) -> None:
         while not self._ended:
             async with asyncio.timeout(silence_s):
-                message = await context.read()
-            if message is grpc.aio.EOF:
+                message = await stream.read()
+            if message is None:
                 return
             match message.WhichOneof("kind"):
                 case "open":
@@ -145,19 +140,19 @@ class SourceLink:
                 case _:
                     return  # not our protocol
 
-    async def _speak(self, context: grpc.aio.ServicerContext) -> None:
+    async def _speak(self, stream: MessageStream) -> None:
         while True:
             self._wake.clear()
             self._signalled = False
             while (message := await self._next_message()) is not None:
-                await self._write(context, message)
+                stream.send(message)
             if self._ended:
                 return
             try:
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._wake.wait()
             except TimeoutError:
-                await self._write(context, pb.SourceMessage(heartbeat=pb.Heartbeat()))
+                stream.send(pb.SourceMessage(heartbeat=pb.Heartbeat()))
 
     async def _next_message(self) -> pb.SourceMessage | None:
         if self._outbox:
@@ -185,7 +180,3 @@ class SourceLink:
         return await self._loop.run_in_executor(
             self._hasher, self._checksums.of, span.block_ids, span.offset, span.piece_bytes
         )
-
-    async def _write(self, context: grpc.aio.ServicerContext, message: pb.SourceMessage) -> None:
-        async with asyncio.timeout(WRITE_S):
-            await context.write(message)

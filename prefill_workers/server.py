@@ -1,4 +1,4 @@
-"""The rim of a prefill process: gRPC server, data transports, and the thread the worker loop runs in."""
+"""The rim of a prefill process: message server, data transports, and the thread the worker loop runs in."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from engine.executors.base import Executor
 from engine.inbox import Inbox
 from engine.loop import Drain, WorkerLoop
 from engine.scheduler import SchedulerConfig
-from engine.server import InternalServer, LoopThread, WorkerIdentity, describe
+from engine.server import LoopThread, WorkerIdentity, describe, internal_server
 from engine.session import SessionCommand, SessionServer
 from kv_transfer.source import KvSource, SourceConfig
 from kv_transfer.transports.base import ServerTransport
@@ -36,7 +36,7 @@ class PrefillServer:
     ) -> None:
         self._executor = executor
         self._inbox: Inbox[SessionCommand | Drain | LeaseReleased] = Inbox()
-        self._server = InternalServer(identity)
+        self._server = internal_server(identity)
         self.address = self._server.address
         engine = Engine(executor, scheduler, secret=hash_secret, model=identity.model)
         self._sessions = SessionServer(self._inbox.post, lambda: self.loop.current_load(), clock)
@@ -58,8 +58,8 @@ class PrefillServer:
         self.thread = LoopThread(self.loop)
 
     async def start(self) -> None:
-        self._sessions.register(self._server.grpc)
-        self._source.register(self._server.grpc)
+        self._sessions.register(self._server)
+        self._source.register(self._server)
         await self._server.start()
         self.thread.start()
 

@@ -9,25 +9,17 @@ a frame is missing, nothing arrives for `silence_s`, or the worker runs requests
 import asyncio
 import itertools
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import grpc
-
-from engine.auth import metadata
 from engine.errors import WorkerLost
-from engine.wire import CHANNEL_OPTIONS
+from engine.message_stream import MessageStream, StreamLost, connect
+from engine.session import SERVICE
 from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, Reservation, WorkerState
 from router.index_lag import IndexLag
 from router.membership import Joined
-
-METHOD = "/baton.worker.Worker/Session"
-
-# Each attach connects anew: a shared subchannel would carry another attempt's backoff over.
-_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +90,8 @@ class WorkerSession:
         self._handles = itertools.count(1)
         self._sinks: dict[int, Sink] = {}
         self._sent: set[int] = set()
-        self._outgoing: deque[pb.Command] = deque()
-        self._outgoing_ready = asyncio.Event()
         self._retired = False
-        self._call: Any = None
-        self._broken = ""  # why this side ended the stream
+        self._stream: MessageStream | None = None
         self._next_frame = 0
         self._next_event = 0
         self._progress = 0
@@ -183,51 +172,37 @@ class WorkerSession:
 
     async def _serve_once(self) -> str:
         """One stream from attach to loss; returns why it ended."""
-        self._broken = ""
         try:
-            async with grpc.aio.insecure_channel(self.member.address, options=_OPTIONS) as channel:
-                await self._serve(channel)
+            await self._serve()
             return "the worker ended the session"
-        except asyncio.CancelledError:
-            # grpc raises this as well when either side cancelled the stream, and nobody cancelled this task.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            return self._broken or "the stream was cancelled"
         except TimeoutError:
             return "no first frame in time"
-        except grpc.aio.AioRpcError as error:
-            return self._broken or f"{error.code().name}: {error.details()}"
-        except WorkerLost as error:
+        except (StreamLost, WorkerLost) as error:
             return str(error)
         except Exception as error:  # the guard at this boundary: whatever a frame provoked costs one session
             log.exception("session to worker %s failed", self.member.worker_id)
             return f"internal error: {type(error).__name__}"
-        finally:
-            self._call = None
 
-    async def _serve(self, channel: Any) -> None:
-        stream = channel.stream_stream(
-            METHOD, request_serializer=pb.Command.SerializeToString, response_deserializer=pb.Frame.FromString
-        )
-        call = self._call = stream(metadata=metadata(self._token))
+    async def _serve(self) -> None:
+        async with asyncio.timeout(self._config.attach_timeout_s):
+            stream = await connect(self.member.address, SERVICE, self._token, pb.Frame.FromString)
+        self._stream = stream
         try:
+            stream.send(pb.Command(attach=pb.Attach(router_id=self._router_id)))
             async with asyncio.timeout(self._config.attach_timeout_s):
-                await call.write(pb.Command(attach=pb.Attach(router_id=self._router_id)))
-                first = await call.read()
-            if first is grpc.aio.EOF:
+                first = await stream.read()
+            if first is None:
                 return
             self._begin(first)
-            writer = asyncio.create_task(self._write(call))
+            stream.deliver_to(self._receive)
             watchdog = asyncio.create_task(self._watch())
             try:
-                while (frame := await call.read()) is not grpc.aio.EOF:
-                    self._receive(frame)
+                await stream.wait_over()
             finally:
-                writer.cancel()
                 watchdog.cancel()
         finally:
-            call.cancel()
+            self._stream = None
+            stream.abort()
 
     def _begin(self, frame: pb.Frame) -> None:
         """Frame 0: who the worker is and what it holds."""
@@ -244,7 +219,6 @@ class WorkerSession:
         self._next_event = frame.kv_snapshot.next_event_number
         self._next_frame = 0
         self.index_lag = IndexLag()
-        self._outgoing.clear()
         self._progressed_at = self._clock()
         self.state = self._listener.session_attached(self, frame)
         self._receive(frame)
@@ -299,18 +273,6 @@ class WorkerSession:
         if self.state is not None:
             self.state.closed = self._retired or self._stalled
 
-    async def _write(self, call: Any) -> None:
-        """One writer, so commands keep their order. A worker that does not read falls silent, and is lost by that."""
-        outgoing, ready = self._outgoing, self._outgoing_ready
-        while True:
-            while outgoing:
-                try:
-                    await call.write(outgoing.popleft())
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    return  # the stream has ended: the reader says why
-            ready.clear()
-            await ready.wait()
-
     async def _watch(self) -> None:
         """Two looks before the verdict: after a pause of this process the frames of that time are still unread."""
         silence_s, overdue = self._config.silence_s, False
@@ -322,17 +284,17 @@ class WorkerSession:
             await asyncio.sleep(silence_s / 8 if overdue else left)
 
     def _send(self, command: pb.Command) -> None:
-        self._outgoing.append(command)
-        self._outgoing_ready.set()
+        """In order. A worker that does not read falls silent, and is lost by that."""
+        if self._stream is not None:
+            self._stream.send(command)
 
     def _end_if_idle(self) -> None:
         if self._retired and not self._sinks:
             self._end("the worker left")
 
     def _end(self, reason: str) -> None:
-        self._broken = reason
-        if self._call is not None:
-            self._call.cancel()
+        if self._stream is not None:
+            self._stream.abort(WorkerLost(reason))
 
     def _lose(self, reason: str) -> bool:
         """Whether there was an attached session to lose."""

@@ -23,13 +23,12 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from threading import Event
 
-import grpc
 import numpy as np
 import torch
 
-from engine.auth import TokenInterceptor
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
+from engine.message_server import MessageServer
 from kv_transfer.copy_stream import CopyStream
 from kv_transfer.device_copier import DeviceCopier
 from kv_transfer.fingerprint import fingerprint
@@ -87,15 +86,14 @@ async def run_source(args: argparse.Namespace, parent: Connection) -> None:
     memory.tensor.view(torch.int64).random_(generator=torch.Generator(DEVICE).manual_seed(1))
     torch.cuda.synchronize()
     transport = server_of(args.transport, memory)
-    server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
-    port = server.add_insecure_port("127.0.0.1:0")
+    server = MessageServer("127.0.0.1", token=TOKEN)
     source = KvSource(
         worker_id="source",
         epoch="1",
         memory=memory,
         layer_groups=LAYER_GROUPS,
         fingerprint=fingerprint("benchmark", [LAYOUT], b""),
-        link_address=f"127.0.0.1:{port}",
+        link_address=server.address,
         transports=[transport],
         on_released=lambda _lease_id, _block_ids: None,
     )
@@ -107,7 +105,7 @@ async def run_source(args: argparse.Namespace, parent: Connection) -> None:
         assert opened is not None
         source.finish(opened[0], 1, False)
         parent.send(opened[1])
-    await server.stop(0)
+    await server.stop()
     await source.close()
 
 

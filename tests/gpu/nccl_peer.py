@@ -13,13 +13,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
 import torch
 
-from engine.auth import TokenInterceptor
 from engine.errors import TransferError
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import BlockId, KvLayout
+from engine.message_server import MessageServer
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink
 from kv_transfer.source import KvSource, SourceConfig
@@ -51,7 +50,7 @@ def content(layout: KvLayout, num_blocks: int, device: torch.device) -> torch.Te
 class Source:
     memory: DeviceMemory
     source: KvSource
-    server: grpc.aio.Server
+    server: MessageServer
     released: list[str] = field(default_factory=list)
     _num_offers: int = 0
 
@@ -67,8 +66,7 @@ class Source:
         memory.tensor[: memory.size].copy_(content(layout, num_blocks, device).flatten())
         if device.type == "cuda":
             torch.cuda.synchronize()
-        server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server = MessageServer("127.0.0.1", token=TOKEN)
         released: list[str] = []
         source = KvSource(
             worker_id="prefill",
@@ -76,7 +74,7 @@ class Source:
             memory=memory,
             layer_groups=groups,
             fingerprint=print_of(layout),
-            link_address=address,
+            link_address=server.address,
             transports=[NcclServer(memory, host="127.0.0.1", token=TOKEN, nccl=nccl)],
             on_released=lambda lease_id, _: released.append(lease_id),
             config=SourceConfig(lease_s=3.0),
@@ -96,7 +94,7 @@ class Source:
         return opened[1]
 
     async def close(self) -> None:
-        await self.server.stop(0)
+        await self.server.stop()
         await self.source.close()
         self.memory.close()
 

@@ -12,15 +12,14 @@ from multiprocessing.connection import Connection
 from random import Random
 from threading import Event, Thread
 
-import grpc
 import numpy as np
 import pytest
 import torch
 
-from engine.auth import TokenInterceptor
 from engine.errors import TransferError
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
+from engine.message_server import MessageServer
 from kv_transfer.copy_stream import CopyStream, Part, RowTable
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink
@@ -53,15 +52,14 @@ def random_pool(layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS) -> Devi
 
 @asynccontextmanager
 async def source_over(memory: DeviceMemory, ipc: CudaIpcServer, released: list[str]) -> AsyncIterator[KvSource]:
-    server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
-    port = server.add_insecure_port("127.0.0.1:0")
+    server = MessageServer("127.0.0.1", token=TOKEN)
     source = KvSource(
         worker_id="source",
         epoch=str(os.getpid()),
         memory=memory,
         layer_groups=(3, 8),
         fingerprint=fingerprint("model", [LAYOUT], b""),
-        link_address=f"127.0.0.1:{port}",
+        link_address=server.address,
         transports=[ipc, TcpServer(memory, host="127.0.0.1", token=TOKEN)],
         on_released=lambda lease_id, _: released.append(lease_id),
     )
@@ -70,7 +68,7 @@ async def source_over(memory: DeviceMemory, ipc: CudaIpcServer, released: list[s
     try:
         yield source
     finally:
-        await server.stop(0)
+        await server.stop()
         await source.close()
 
 

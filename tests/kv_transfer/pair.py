@@ -7,15 +7,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from threading import Event
 
-import grpc
 import numpy as np
 import torch
 
-from engine.auth import TokenInterceptor
 from engine.errors import TransferError
 from engine.kv.device_memory import DeviceMemory
 from engine.kv.layout import KvLayout
 from engine.kv.memory import HostMemory
+from engine.message_server import MessageServer
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink, SinkConfig
 from kv_transfer.source import KvSource, SourceConfig
@@ -43,7 +42,7 @@ FIRST_TOKEN = 42
 class Pair:
     source: KvSource
     sink: KvSink
-    server: grpc.aio.Server
+    server: MessageServer
     address: str
     source_memory: Memory
     sink_memory: Memory
@@ -250,8 +249,8 @@ async def pair(
     fill(source_memory, np.random.default_rng(1).bytes(size))
     fill(sink_memory, b"\xff" * sink_memory.size)
     registry: dict[str, Memory] = {}
-    server = grpc.aio.server(interceptors=[TokenInterceptor(TOKEN)])
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server = MessageServer("127.0.0.1", token=TOKEN)
+    address = server.address
     servers: dict[str, ServerTransport] = {
         "loopback": LoopbackServer(source_memory, registry, "pool"),
         "tcp": TcpServer(source_memory, host="127.0.0.1", token=TOKEN),
@@ -293,7 +292,7 @@ async def pair(
         yield Pair(source, sink, server, address, source_memory, sink_memory, released)
     finally:
         await sink.close()
-        await server.stop(0)
+        await server.stop()
         await source.close()
         num_released = len(released)
         assert len({lease_id for lease_id, _ in released}) == num_released, "a lease was released twice"

@@ -130,7 +130,7 @@ async def test_blocks_that_change_after_they_were_announced_are_noticed() -> Non
 async def test_a_source_that_is_not_there_fails_the_pull() -> None:
     async with pair(sink_config=SinkConfig(connect_s=2.0)) as p:
         _, offer, _ = p.open(8)
-        await p.server.stop(0)
+        await p.server.stop()
         assert (await failure(p.pull(offer, 8))).retryable
         assert p.untouched()
 
@@ -142,7 +142,7 @@ async def test_a_source_that_dies_while_it_announces_fails_the_pull(transport: s
         lease_id, offer, blocks = p.open(30, num_final)
         task = p.pull(offer, 30)
         await until(lambda: p.source._held[lease_id].link is not None)
-        await p.server.stop(0)
+        await p.server.stop()
         assert (await failure(task)).retryable
         await p.until_released()
         assert p.released == [(lease_id, blocks)]
@@ -155,7 +155,7 @@ async def test_a_source_that_dies_before_it_confirms_fails_the_pull() -> None:
         p.source.finish(lease_id, FIRST_TOKEN, False)
         task = p.pull(offer, 8)
         await until(lambda: not p.untouched())
-        await p.server.stop(0)
+        await p.server.stop()
         assert (await failure(task)).retryable
         await p.until_released()
 
@@ -316,7 +316,7 @@ async def test_a_sink_that_vanishes_gives_the_source_its_blocks_back() -> None:
         task = p.pull(offer, 30)
         await until(lambda: p.source._held[lease_id].link is not None)
         for link in p.sink._links.values():
-            link.result()._call.cancel()
+            link.result()._messages.abort()
         assert (await failure(task)).retryable
         await p.until_released()
         assert p.released == [(lease_id, blocks)]

@@ -11,13 +11,14 @@ from dataclasses import replace
 from random import Random
 from threading import Event, Thread
 
-import grpc
 import pytest
 
-from engine.auth import challenge_response, metadata
+from engine.auth import challenge_response
 from engine.errors import TransferError
 from engine.kv.memory import HostMemory
-from kv_transfer.link import layout_to_message, link_handler
+from engine.message_server import MessageServer
+from engine.message_stream import MessageStream, connect
+from kv_transfer.link import SERVICE, layout_to_message
 from kv_transfer.sink import SinkConfig
 from kv_transfer.transports import tcp_wire as wire
 from kv_transfer.transports.base import LINK_ID_BYTES, LINK_KEY_BYTES, Fetch
@@ -58,7 +59,7 @@ async def test_layouts_that_do_not_fit_are_refused_by_name() -> None:
 async def test_a_sink_without_the_token_is_refused() -> None:
     async with pair(sink_token="wrong") as p:
         _, offer, _ = p.open(8)
-        assert "UNAUTHENTICATED" in str(await failure(p.pull(offer, 8)))
+        assert "token is missing or wrong" in str(await failure(p.pull(offer, 8)))
 
 
 # A source that lies. Scripted: its greeting and what it says next are the test's.
@@ -68,8 +69,8 @@ async def test_a_sink_without_the_token_is_refused() -> None:
 async def liar(p: Pair, answers: list[pb.SourceMessage], **greeting: object) -> AsyncIterator[bytes]:
     """An offer of 8 tokens from a source that greets with these changes and then says `answers`."""
 
-    async def serve(context: grpc.aio.ServicerContext) -> None:
-        await context.read()
+    async def serve(stream: MessageStream) -> None:
+        await stream.read()
         truth = {
             "epoch": "liar",
             "layout": layout_to_message(LAYOUT),
@@ -78,21 +79,20 @@ async def liar(p: Pair, answers: list[pb.SourceMessage], **greeting: object) -> 
             "transport": "loopback",
             "transport_address": "pool",
         }
-        await context.write(pb.SourceMessage(hello=pb.HelloReply(**truth | greeting)))
-        await context.read()
+        stream.send(pb.SourceMessage(hello=pb.HelloReply(**truth | greeting)))
+        await stream.read()
         for answer in answers:
-            await context.write(answer)
-        await context.read()
+            stream.send(answer)
+        await stream.read()
 
-    server = grpc.aio.server()
-    server.add_generic_rpc_handlers((link_handler(serve),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    server = MessageServer("127.0.0.1", token=TOKEN)
+    server.register(SERVICE, pb.SinkMessage.FromString, serve)
     await server.start()
     offer = pb.KvOffer(
         lease_id="x",
         epoch="liar",
         fingerprint=print_of(p.sink_memory),
-        link_address=f"127.0.0.1:{port}",
+        link_address=server.address,
         num_tokens=8,
         block_ids=[0, 1],
         layer_groups=GROUPS,
@@ -100,7 +100,7 @@ async def liar(p: Pair, answers: list[pb.SourceMessage], **greeting: object) -> 
     try:
         yield offer.SerializeToString()
     finally:
-        await server.stop(0)
+        await server.stop()
 
 
 def announcement(
@@ -239,22 +239,16 @@ async def test_garbage_for_an_offer_is_refused() -> None:
 
 
 @asynccontextmanager
-async def raw_link(p: Pair, **hello: object) -> AsyncIterator[grpc.aio.StreamStreamCall]:
-    async with grpc.aio.insecure_channel(p.address) as channel:
-        method = channel.stream_stream(
-            "/baton.transfer.KvTransfer/Link",
-            request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
-            response_deserializer=pb.SourceMessage.FromString,
-        )
-        call = method(metadata=metadata(TOKEN))
-        truth = {
-            "fingerprint": print_of(p.sink_memory),
-            "layout": layout_to_message(LAYOUT),
-            "transports": ["tcp"],
-        }
-        await call.write(pb.SinkMessage(hello=pb.Hello(**truth | hello)))
-        yield call
-        call.cancel()
+async def raw_link(p: Pair, **hello: object) -> AsyncIterator[MessageStream]:
+    stream = await connect(p.address, SERVICE, TOKEN, pb.SourceMessage.FromString)
+    truth = {
+        "fingerprint": print_of(p.sink_memory),
+        "layout": layout_to_message(LAYOUT),
+        "transports": ["tcp"],
+    }
+    stream.send(pb.SinkMessage(hello=pb.Hello(**truth | hello)))
+    yield stream
+    stream.abort()
 
 
 async def test_a_sink_cannot_touch_a_lease_that_another_sink_has_opened() -> None:
@@ -262,13 +256,13 @@ async def test_a_sink_cannot_touch_a_lease_that_another_sink_has_opened() -> Non
         lease_id, offer, blocks = p.open(8)
         task = p.pull(offer, 8)
         await until(lambda: p.source._held[lease_id].link is not None)
-        async with raw_link(p) as call:
-            reply = (await call.read()).hello
-            await call.write(pb.SinkMessage(open=pb.Open(lease_id=lease_id)))
-            assert not (await call.read()).closed.valid
-            await call.write(pb.SinkMessage(renew=pb.Renew(lease_ids=[lease_id, "nonsense"])))
-            await call.write(pb.SinkMessage(close=pb.Close(lease_id=lease_id, pulled=True)))
-            assert not (await call.read()).closed.valid
+        async with raw_link(p) as stream:
+            reply = (await stream.read()).hello
+            stream.send(pb.SinkMessage(open=pb.Open(lease_id=lease_id)))
+            assert not (await stream.read()).closed.valid
+            stream.send(pb.SinkMessage(renew=pb.Renew(lease_ids=[lease_id, "nonsense"])))
+            stream.send(pb.SinkMessage(close=pb.Close(lease_id=lease_id, pulled=True)))
+            assert not (await stream.read()).closed.valid
             assert p.source.begin_read(reply.transport_key[:LINK_ID_BYTES], lease_id, [(0, 0)]) is None
         p.source.finish(lease_id, FIRST_TOKEN, False)
         await task
@@ -288,10 +282,10 @@ async def test_a_sink_cannot_touch_a_lease_that_another_sink_has_opened() -> Non
 async def test_a_sink_that_talks_nonsense_harms_only_itself(message: object) -> None:
     async with pair() as p:
         lease_id, offer, blocks = p.open(8)
-        async with raw_link(p) as call:
-            await call.read()
-            await call.write(message)
-            await call.read()
+        async with raw_link(p) as stream:
+            await stream.read()
+            stream.send_bytes(message if isinstance(message, bytes) else message.SerializeToString())
+            await stream.read()
         p.source.finish(lease_id, FIRST_TOKEN, False)
         await p.pull(offer, 8)
         p.check(blocks, 8)

@@ -1,4 +1,4 @@
-"""A worker without an engine: speaks protos/worker.proto over real gRPC and does what a test says.
+"""A worker without an engine: speaks protos/worker.proto over a real stream and does what a test says.
 
 Tokens are a function of prompt and position alone, so any stream can be compared with the undisturbed one, and a
 submit whose appended tokens are wrong shows up in `violations`. A test scripts it with `hooks`, awaited before each
@@ -11,12 +11,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-import grpc
-
-from engine.auth import TokenInterceptor
+from engine.message_server import MessageServer
+from engine.message_stream import MessageStream
+from engine.session import SERVICE
 from protos import worker_pb2 as pb
 from router.membership import Joined
-from router.session import METHOD
 
 
 def token_at(prompt: Sequence[int], index: int) -> int:
@@ -120,7 +119,7 @@ class FakeWorker:
         )
         self._signal, self._token, self._heartbeat_s = signal, token, heartbeat_s
         self._sessions: set[_Session] = set()
-        self._server: grpc.aio.Server | None = None
+        self._server: MessageServer | None = None
         self._running = asyncio.Event()
         self._running.set()
         self._num_events = 0
@@ -132,14 +131,10 @@ class FakeWorker:
 
     async def start(self) -> Joined:
         """Serve, at the address of the last life if there was one."""
-        self._server = grpc.aio.server(interceptors=[TokenInterceptor(self._token)], options=[("grpc.so_reuseport", 0)])
-        handler = grpc.stream_stream_rpc_method_handler(
-            self._serve, request_deserializer=pb.Command.FromString, response_serializer=pb.Frame.SerializeToString
-        )
-        _, service, method = METHOD.split("/")
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
-        self.address = f"127.0.0.1:{port}"
+        port = int(self.address.rpartition(":")[2] or 0)
+        self._server = MessageServer("127.0.0.1", port, token=self._token)
+        self._server.register(SERVICE, pb.Command.FromString, self._serve)
+        self.address = self._server.address
         await self._server.start()
         return Joined(self.id, self.role, self.address, self.epoch)
 
@@ -149,7 +144,7 @@ class FakeWorker:
         if server is not None:
             for session in self._sessions:
                 self._drop_jobs(session)
-            await server.stop(None)
+            await server.stop()
             self.hashes = []
 
     def freeze(self) -> None:
@@ -182,24 +177,25 @@ class FakeWorker:
     def lose_event(self) -> None:
         self._num_events += 1
 
-    async def _serve(self, commands, context) -> None:
+    async def _serve(self, stream: MessageStream) -> None:
         session = _Session()
         self.num_sessions += 1
         snapshot = pb.KvSnapshot(next_event_number=self._num_events, hashes=self.hashes)
         session.frames.put_nowait(pb.Frame(description=self._description, kv_snapshot=snapshot))
-        reader = asyncio.create_task(self._read(session, commands))
+        reader = asyncio.create_task(self._read(session, stream))
         self._sessions.add(session)
         try:
-            while True:
+            while not stream.over:
                 try:
-                    frame = await asyncio.wait_for(session.frames.get(), self._heartbeat_s)
+                    async with asyncio.timeout(self._heartbeat_s):
+                        frame = await session.frames.get()
                 except TimeoutError:
                     frame = pb.Frame()
                 await self._running.wait()
                 frame.number, session.number = session.number, session.number + 1
                 frame.load.CopyFrom(self._load())
                 frame.sent_us = _clock_us()
-                await context.write(frame)
+                stream.send(frame)
                 self._signal.notify()
         finally:
             reader.cancel()
@@ -224,8 +220,8 @@ class FakeWorker:
             num_cached_blocks=len(self.hashes),
         )
 
-    async def _read(self, session: _Session, commands) -> None:
-        async for command in commands:
+    async def _read(self, session: _Session, stream: MessageStream) -> None:
+        while (command := await stream.read()) is not None:
             await self._running.wait()
             if command.HasField("submit"):
                 self.submits.append(command.submit)
