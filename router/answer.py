@@ -108,7 +108,7 @@ class _Watch:
 class _Events(_Watch):
     """The reader of a streamed answer."""
 
-    __slots__ = ("_exchange", "_format", "_tail")
+    __slots__ = ("_exchange", "_format", "_tail", "take_text")
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job, exchange: Exchange) -> None:
         super().__init__(metrics, clock, job)
@@ -117,6 +117,7 @@ class _Events(_Watch):
         self._tail: bytes | None = b',"usage":null' if job.envelope.include_usage else b""
         if job.envelope.continuous_usage:
             self._tail = None
+        self.take_text = self._take_text if self._tail is not None and not job.format.extras else None
 
     def take(self, piece: Piece) -> bool:
         self._observe(piece)
@@ -125,12 +126,21 @@ class _Events(_Watch):
             tail = b',"usage":' + msgspec.json.encode(usage(self._job.choices, self._job.num_hidden))
         return self._exchange.write_events(self._format.event(piece, tail))
 
+    def _take_text(self, choice: Choice, text: str) -> bool:
+        now = self._clock()
+        self._metrics.inter_token.observe(now - choice.piece_at)
+        choice.piece_at = now
+        assert self._tail is not None
+        return not text or self._exchange.write_events(self._format.text_event(choice.index, text, self._tail))
+
     async def room(self) -> None:
         await self._exchange.flush()
 
 
 class _Collected(_Watch):
     """The reader of an answer in one body: there is always room."""
+
+    take_text = None
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job) -> None:
         super().__init__(metrics, clock, job)

@@ -145,7 +145,7 @@ class Attempt:
         self._release_prefill()
 
     def token(self, index: int, token_id: int) -> None:
-        if self._stream.accept(index, [token_id], [], None):
+        if self._stream.accept_token(index, token_id):
             self._finish()
         elif self._prefill is not None:
             self._release_prefill()

@@ -48,6 +48,12 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
 class Reader(Protocol):
     """Who wants the pieces."""
 
+    @property
+    def take_text(self) -> Callable[[Choice, str], bool] | None:
+        """Called, where there is one, in place of `take` with the text of a piece that is one token's, neither the
+        first nor the last of its choice."""
+        ...
+
     def take(self, piece: Piece) -> bool:
         """Called where the tokens arrive; must not block. False: no more before `room` has returned."""
         ...
@@ -74,7 +80,7 @@ async def run_choices(generator: Generator, choices: Sequence[Choice], deadline:
 class _Run:
     """A choice whose stream is there, to its end; `begun` is called with its first piece."""
 
-    __slots__ = ("_begun", "_choice", "_first", "_has_room", "_reader")
+    __slots__ = ("_begun", "_choice", "_first", "_has_room", "_push", "_reader", "_take_text")
 
     def __init__(self, choice: Choice, reader: Reader, begun: Callable[[], object] = lambda: None) -> None:
         self._choice = choice
@@ -82,12 +88,15 @@ class _Run:
         self._begun = begun
         self._first = True
         self._has_room = True
+        self._push, self._take_text = choice.text.push_token, reader.take_text
 
     async def to_end(self) -> None:
         choice, stream = self._choice, self._choice.stream
         assert stream is not None, choice.index
+        alone = self._take_text is not None and not choice.text.looks_for_stops
+        take_token = self._take_token if alone else None
         while choice.finish_reason is None:
-            await stream.forward(self._take)
+            await stream.forward(self._take, take_token)
             if choice.finish_reason is not None:
                 break
             if self._has_room:
@@ -95,6 +104,11 @@ class _Run:
             await self._reader.room()
             self._has_room = True
         await stream.aclose()
+
+    def _take_token(self, token_id: int) -> bool:
+        assert self._take_text is not None
+        has_room = self._has_room = self._take_text(self._choice, self._push(token_id))
+        return has_room
 
     def _take(self, delta: Delta) -> bool:
         choice, token_ids, logprobs, reason = self._choice, delta.token_ids, delta.logprobs, delta.finish_reason

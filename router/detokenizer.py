@@ -31,6 +31,10 @@ class Decoder(Protocol):
 
     def push(self, token_ids: Sequence[int]) -> str: ...
 
+    def push_token(self, token_id: int) -> str:
+        """`push` of one."""
+        ...
+
     def finish(self) -> str: ...
 
 
@@ -115,16 +119,16 @@ class ByteLevelDecoder:
         self._pieces = pieces
         self._held = b""
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        pieces = self._pieces
-        if len(token_ids) == 1 and not self._held:
-            piece = pieces[token_ids[0]]
+    def push_token(self, token_id: int) -> str:
+        if not self._held:
+            piece = self._pieces[token_id]
             if isinstance(piece, str):
                 return piece
-            data = piece
-        else:
-            every = [pieces[token_id] for token_id in token_ids]
-            data = self._held + b"".join([piece.encode() if isinstance(piece, str) else piece for piece in every])
+        return self.push((token_id,))
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        every = [self._pieces[token_id] for token_id in token_ids]
+        data = self._held + b"".join([piece.encode() if isinstance(piece, str) else piece for piece in every])
         text, num_used = utf_8_decode(data, "replace", False)
         self._held = data[num_used:]
         return text
@@ -146,6 +150,9 @@ class SentencePieceDecoder:
         self._pieces = pieces
         self._run = bytearray()
         self._num_stripped = num_stripped  # leading spaces still to drop
+
+    def push_token(self, token_id: int) -> str:
+        return self.push((token_id,))
 
     def push(self, token_ids: Sequence[int]) -> str:
         texts = []
@@ -298,6 +305,15 @@ class TextStream:
             text = self._push(token_ids)
         return text + self.finish()
 
+    @property
+    def looks_for_stops(self) -> bool:
+        return self._matcher is not None
+
+    def push_token(self, token_id: int) -> str:
+        """`push` of one that is not the last, where no stop strings are looked for."""
+        self.num_tokens += 1
+        return self._decoder.push_token(token_id)
+
     def finish(self) -> str:
         """What was held back. May find a stop string at the very end."""
         if self.stopped:
@@ -318,6 +334,6 @@ class TextStream:
                 break
             self.num_tokens += 1
             heed = self.num_tokens > self._min_tokens
-            text, self.stopped = self._matcher.feed(self._decoder.push((token_id,)), heed=heed)
+            text, self.stopped = self._matcher.feed(self._decoder.push_token(token_id), heed=heed)
             texts.append(text)
         return "".join(texts)

@@ -37,7 +37,14 @@ class Envelope:
 
 
 class Format(Protocol):
-    """One API's shapes. `tail` is JSON to add to an event: `,"usage":...` or nothing."""
+    """One API's shapes. `tail` is JSON to add to an event: `,"usage":...` or nothing. With `extras` events tell more of
+    their pieces than text."""
+
+    extras: bool
+
+    def text_event(self, index: int, text: str, tail: bytes) -> bytes:
+        """That of a piece with text, neither the first nor the last of its choice. Not where there are extras."""
+        ...
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
         """The events of one piece, empty when it has nothing to tell."""
@@ -79,7 +86,6 @@ class CompletionFormat:
 
     __slots__ = (
         "_envelope",
-        "_extras",
         "_head",
         "_hide_output",
         "_names",
@@ -87,6 +93,7 @@ class CompletionFormat:
         "_opened",
         "_opening",
         "_tokenizer",
+        "extras",
     )
 
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer, *, hide_output: bool = False) -> None:
@@ -95,26 +102,32 @@ class CompletionFormat:
         self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._hide_output = hide_output  # only the prompt is wanted
         self._head = _head(envelope, "text_completion")
-        self._extras = envelope.logprobs or envelope.token_ids or hide_output
+        self.extras = envelope.logprobs or envelope.token_ids or hide_output
         self._opened = -1  # the choice of `_opening`, which is an event up to its text
         self._opening = b""
         self._offsets: dict[int, int] = {}  # choice index -> length of the token texts before
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
-        if piece.first or self._extras:
+        if piece.first or self.extras:
             envelope = self._envelope
             fields = self._choice(piece.choice, [piece], echo=envelope.echo and piece.first)
             if not (fields["text"] or piece.finish_reason or envelope.logprobs or envelope.token_ids):
                 return b""
             return b"".join((self._head, b'"choices":[', _encode(fields), b"]", tail, b"}\n\n"))
-        text, reason = piece.text, piece.finish_reason
-        if not text and reason is None:
-            return b""
-        index = piece.choice.index
+        index, text, reason = piece.choice.index, piece.text, piece.finish_reason
+        if reason is None:
+            return self.text_event(index, text, tail) if text else b""
+        end = b'"logprobs":null,"finish_reason":"%b"}]' % reason.encode()
+        return b"".join((self._open(index), _encode(text), b",", end, tail, b"}\n\n"))
+
+    def text_event(self, index: int, text: str, tail: bytes) -> bytes:
+        opening = self._opening if index == self._opened else self._open(index)
+        return b"".join((opening, _encode(text), _TEXT_END, tail, b"}\n\n"))
+
+    def _open(self, index: int) -> bytes:
         if index != self._opened:
             self._opened, self._opening = index, b'%b"choices":[{"index":%d,"text":' % (self._head, index)
-        end = _OPEN if reason is None else b'"logprobs":null,"finish_reason":"%b"}]' % reason.encode()
-        return b"".join((self._opening, _encode(text), b",", end, tail, b"}\n\n"))
+        return self._opening
 
     def last_event(self, tail: bytes) -> bytes:
         return b"".join((self._head, b'"choices":[]', tail, b"}\n\n"))
@@ -155,25 +168,21 @@ class CompletionFormat:
 class ChatFormat:
     """POST /v1/chat/completions. A choice's first event says the role, its last the reason it ended."""
 
-    __slots__ = ("_envelope", "_extras", "_head", "_names", "_opened", "_opening", "_tokenizer")
+    __slots__ = ("_envelope", "_head", "_names", "_opened", "_opening", "_tokenizer", "extras")
 
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer) -> None:
         self._envelope = envelope
         self._tokenizer = tokenizer
         self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._head = _head(envelope, "chat.completion.chunk")
-        self._extras = envelope.logprobs or envelope.token_ids
+        self.extras = envelope.logprobs or envelope.token_ids
         self._opened = -1  # the choice of `_opening`, which is an event up to its text
         self._opening = b""
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
         head, index = self._head, piece.choice.index
-        if not (piece.first or self._extras or piece.finish_reason):
-            if not piece.text:
-                return b""
-            if index != self._opened:
-                self._opened, self._opening = index, b'%b"choices":[{"index":%d,"delta":{"content":' % (head, index)
-            return b"".join((self._opening, _encode(piece.text), b"},", _OPEN, tail, b"}\n\n"))
+        if not (piece.first or self.extras or piece.finish_reason):
+            return self.text_event(index, piece.text, tail) if piece.text else b""
         events = []
         if piece.first:
             delta = b'{"role":"assistant","content":""}'
@@ -181,14 +190,19 @@ class ChatFormat:
             if self._envelope.token_ids:
                 events.append(b',"prompt_token_ids":%s' % _encode(piece.choice.prompt.token_ids))
             events.append(b"%s}\n\n" % tail)
-        if piece.text or (self._extras and piece.token_ids):
-            end = self._end(piece) if self._extras else _OPEN
+        if piece.text or (self.extras and piece.token_ids):
+            end = self._end(piece) if self.extras else _OPEN
             text = _encode(piece.text)
             events.append(b'%s"choices":[{"index":%d,"delta":{"content":%s},%s%s}\n\n' % (head, index, text, end, tail))
         if piece.finish_reason is not None:
             end = b'"logprobs":null,"finish_reason":"%s"}]' % piece.finish_reason.encode()
             events.append(b'%s"choices":[{"index":%d,"delta":{},%s%s}\n\n' % (head, index, end, tail))
         return events[0] if len(events) == 1 else b"".join(events)
+
+    def text_event(self, index: int, text: str, tail: bytes) -> bytes:
+        if index != self._opened:
+            self._opened, self._opening = index, b'%b"choices":[{"index":%d,"delta":{"content":' % (self._head, index)
+        return b"".join((self._opening, _encode(text), _CONTENT_END, tail, b"}\n\n"))
 
     def last_event(self, tail: bytes) -> bytes:
         return b"".join((self._head, b'"choices":[]', tail, b"}\n\n"))
@@ -224,6 +238,8 @@ class ChatFormat:
 
 
 _OPEN = b'"logprobs":null,"finish_reason":null}]'
+_TEXT_END = b"," + _OPEN
+_CONTENT_END = b"}," + _OPEN
 
 
 def _head(envelope: Envelope, kind: str) -> bytes:

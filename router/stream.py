@@ -32,6 +32,7 @@ class TokenStream:
         "_logprobs",
         "_max_tokens",
         "_on_close",
+        "_take_token",
         "_unread",
         "_waiter",
         "decisions",
@@ -54,7 +55,8 @@ class TokenStream:
         self._error: Exception | None = None
         self._ended = False  # nothing follows what is buffered
         self._waiter: asyncio.Future[bool] | None = None
-        self._consumer: Callable[[Delta], bool] | None = None  # while there is a waiter
+        self._consumer: Callable[[Delta], bool] | None = None  # while there is a waiter, and then nothing is unread
+        self._take_token: Callable[[int], bool] | None = None  # likewise, and where the consumer has one
         self._on_close: Callable[[], None] | None = None
 
     def on_close(self, callback: Callable[[], None]) -> None:
@@ -87,6 +89,26 @@ class TokenStream:
             self._wake()
         return self._ended
 
+    def accept_token(self, index: int, token_id: int) -> bool:
+        """`accept` of one token and nothing else, the short way for nearly all tokens of a stream."""
+        token_ids, take_token, waiter = self.token_ids, self._take_token, self._waiter
+        if (
+            take_token is None
+            or waiter is None
+            or waiter.done()
+            or not token_ids
+            or index != len(token_ids)
+            or self._early is not None
+        ):
+            return self.accept(index, [token_id], [], None)
+        token_ids.append(token_id)
+        try:
+            if not take_token(token_id):
+                waiter.set_result(False)
+        except Exception as error:  # the consumer's, not of the worker whose frame this is
+            waiter.set_exception(error)
+        return False
+
     def _append_early(self, early: dict[int, _Piece]) -> None:
         while early and (first := min(early)) <= len(self.token_ids):
             token_ids, logprobs, finish_reason = early.pop(first)
@@ -108,7 +130,7 @@ class TokenStream:
             self._error, self._ended = error, True
             self._wake()
 
-    async def forward(self, take: Callable[[Delta], bool]) -> None:
+    async def forward(self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None = None) -> None:
         """See GenerationStream.forward."""
         more = True
         while more:
@@ -120,7 +142,7 @@ class TokenStream:
             elif self._ended:
                 return
             else:
-                more = await self._wait(take)
+                more = await self._wait(take, take_token)
 
     def __aiter__(self) -> "TokenStream":
         return self
@@ -174,13 +196,14 @@ class TokenStream:
         self._finish_reason = None
         return delta
 
-    async def _wait(self, take: Callable[[Delta], bool]) -> bool:
-        """Until `take`, called from where tokens arrive, wants no more (then False), or the stream ended."""
-        self._consumer, self._waiter = take, asyncio.get_running_loop().create_future()
+    async def _wait(self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None) -> bool:
+        """Until the consumer, called from where tokens arrive, wants no more (then False), or the stream ended."""
+        self._consumer, self._take_token = take, take_token
+        self._waiter = asyncio.get_running_loop().create_future()
         try:
             return await self._waiter
         finally:
-            self._consumer = self._waiter = None
+            self._consumer = self._take_token = self._waiter = None
 
     def _wake(self) -> None:
         waiter, consumer, more = self._waiter, self._consumer, True

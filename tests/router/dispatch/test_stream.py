@@ -127,3 +127,86 @@ async def test_an_error_ends_the_forwarding():
     under_test.fail(ValueError("broken"))
     with pytest.raises(ValueError, match="broken"):
         await forwarding
+
+
+class Taker:
+    """Notes what it is given; has room for `room` pieces."""
+
+    def __init__(self, room: int = 1000) -> None:
+        self.taken: list[list[int] | int] = []
+        self._room = room
+
+    def take(self, delta) -> bool:
+        return self._note(delta.token_ids)
+
+    def take_token(self, token_id: int) -> bool:
+        return self._note(token_id)
+
+    def _note(self, what: list[int] | int) -> bool:
+        self.taken.append(what)
+        return len(self.taken) < self._room
+
+
+async def test_lone_tokens_after_the_first_go_the_short_way():
+    under_test, taker = stream(), Taker()
+    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.take_token))
+    await asyncio.sleep(0)
+    for index in range(3):
+        assert not under_test.accept_token(index, 10 + index)
+    assert not under_test.accept_token(1, 11), "a token that is known"
+    assert not under_test.accept_token(4, 14), "one that is early"
+    assert not under_test.accept_token(3, 13)
+    assert not under_test.accept_token(5, 15)
+    assert under_test.accept(6, [16], [], FinishReason.STOP)
+    await forwarding
+    assert taker.taken == [[10], 11, 12, [13, 14], 15, [16]]
+    assert under_test.token_ids == [10, 11, 12, 13, 14, 15, 16]
+
+
+async def test_without_a_short_way_lone_tokens_come_as_deltas():
+    under_test, taker = stream(), Taker()
+    forwarding = asyncio.create_task(under_test.forward(taker.take))
+    await asyncio.sleep(0)
+    for index in range(3):
+        under_test.accept_token(index, index)
+    assert taker.taken == [[0], [1], [2]]
+    forwarding.cancel()
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+async def test_lone_tokens_that_are_not_taken_come_together(room):
+    under_test, taker = stream(), Taker(room)
+    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.take_token))
+    await asyncio.sleep(0)
+    for index in range(5):
+        under_test.accept_token(index, index)
+    await forwarding
+    await under_test.forward(taker.take, taker.take_token)
+    assert taker.taken == [*[[0], 1, 2][:room], list(range(room, 5))]
+
+
+async def test_lone_tokens_after_a_cancelled_consumer_are_kept_for_the_next():
+    under_test, first, second = stream(), Taker(), Taker(1)
+    forwarding = asyncio.create_task(under_test.forward(first.take, first.take_token))
+    await asyncio.sleep(0)
+    under_test.accept_token(0, 0)
+    forwarding.cancel()
+    under_test.accept_token(1, 1)
+    await asyncio.wait({forwarding})
+    under_test.accept_token(2, 2)
+    await under_test.forward(second.take, second.take_token)
+    assert (first.taken, second.taken) == ([[0]], [[1, 2]])
+
+
+async def test_a_consumer_that_fails_at_a_lone_token_does_not_fail_the_worker():
+    under_test, taker = stream(), Taker()
+
+    def take_token(_token_id):
+        raise ValueError("broken")
+
+    forwarding = asyncio.create_task(under_test.forward(taker.take, take_token))
+    await asyncio.sleep(0)
+    for index in range(3):
+        assert not under_test.accept_token(index, index)
+    with pytest.raises(ValueError, match="broken"):
+        await forwarding

@@ -35,9 +35,14 @@ class FakeStream:
         self._steps = steps
         self._deltas = self._play()
 
-    async def forward(self, take: Callable[[Delta], bool]) -> None:
+    async def forward(self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None = None) -> None:
         async for delta in self._deltas:
-            if not take(delta):
+            alone = self.num_yielded > 1 and len(delta.token_ids) == 1 and not delta.logprobs
+            if take_token is not None and alone and delta.finish_reason is None:  # as the dispatcher's streams do
+                more = take_token(delta.token_ids[0])
+            else:
+                more = take(delta)
+            if not more:
                 return
 
     async def _play(self) -> AsyncIterator[Delta]:
