@@ -64,7 +64,11 @@ def cut(token_ids: list[int], seed: int) -> list[list[int]]:
 def test_pushed_text_is_the_decoded_text(name: str, token_ids: list[int], seed: int, skip: bool) -> None:
     tokenizer = TOKENIZERS[name]
     stream = TextStream(tokenizer, SamplingParams(skip_special_tokens=skip))
-    text = "".join([stream.push(delta) for delta in cut(token_ids, seed)]) + stream.finish()
+
+    def push(delta: list[int]) -> str:
+        return stream.push_token(delta[0]) if len(delta) == 1 else stream.push(delta)
+
+    text = "".join([push(delta) for delta in cut(token_ids, seed)]) + stream.finish()
     assert text == tokenizer.decode(token_ids, skip_special_tokens=skip)
     assert stream.num_tokens == len(token_ids)
 
