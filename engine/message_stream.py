@@ -7,15 +7,16 @@ A message is its length in four bytes, big endian, and its bytes. The first thre
     server: why it refuses, or nothing
 
 A stream belongs to one event loop. What arrives is handed over at once, with no task in between (`deliver_to`), or
-waits for `read`. Invariants: before the handshake nothing longer than MAX_GREETING_BYTES is kept; a peer that does
-not read for STALL_S, or does not acknowledge, ends the stream. docs/decisions/0005-message-streams.md says why this is
-not gRPC.
+waits for `read`. Invariants: before the handshake nothing longer than MAX_GREETING_BYTES is kept; what nobody has
+read, and what the peer has not, is bounded; a peer that reads nothing for STALL_S or acknowledges nothing for
+UNACKNOWLEDGED_S loses the stream. docs/decisions/0005-message-streams.md says why this is not gRPC.
 """
 
 import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol, cast
 
 from google.protobuf.message import DecodeError
@@ -24,7 +25,8 @@ from engine.auth import challenge_response
 
 MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens is about 4 MB; a snapshot of a million blocks 8 MB
 MAX_GREETING_BYTES = 1024
-STALL_S = 10.0  # for a peer to make room when it does not read
+MAX_UNSENT_BYTES = 2 * MAX_MESSAGE_BYTES
+STALL_S = 10.0  # for a peer that has room for nothing to read something
 UNACKNOWLEDGED_S = 15  # for a peer's machine to acknowledge what was sent
 MAX_UNREAD = 64  # messages that nobody has read; then the peer has to wait
 
@@ -67,14 +69,20 @@ class MessageStream(asyncio.Protocol):
         self._paused_reading = False
         self._reader: asyncio.Future[None] | None = None
         self._receive: Callable[[Any], None] | None = None
-        self._stall_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None  # while the peer has no room
         self._error: Exception | None = None
+        self._num_sent = 0  # bytes, those included that are not written yet
         self._over = asyncio.Event()
         self._transport: asyncio.Transport
 
     @property
     def over(self) -> bool:
         return self._over.is_set()
+
+    @property
+    def peer(self) -> str:
+        """The other end's address, for logs."""
+        return str(self._transport.get_extra_info("peername"))
 
     def send(self, message: Message) -> None:
         """Written at once, in order. Where the stream is ending nothing is sent, and `wait_over` tells."""
@@ -83,7 +91,10 @@ class MessageStream(asyncio.Protocol):
     def send_bytes(self, data: bytes) -> None:
         if len(data) > MAX_MESSAGE_BYTES:
             self.abort(StreamLost(f"a message of {len(data)} bytes is longer than the {MAX_MESSAGE_BYTES} allowed"))
+        elif self._stall_timer is not None and self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self.abort(StreamLost(f"the other end has not read {MAX_UNSENT_BYTES} bytes"))
         elif not self._transport.is_closing():
+            self._num_sent += 4 + len(data)
             self._transport.write(b"".join((len(data).to_bytes(4, "big"), data)))
 
     async def read(self) -> Any:
@@ -102,14 +113,12 @@ class MessageStream(asyncio.Protocol):
     def deliver_to(self, receive: Callable[[Any], None]) -> None:
         """Call `receive` with each message from now on. What it raises ends the stream: see `wait_over`."""
         self._receive = receive
-        unread, self._unread = self._unread, deque()
-        self._resume_reading()
         try:
-            for data in unread:
-                if not self._transport.is_closing():
-                    receive(self._parsed(data))
+            while self._unread:
+                receive(self._parsed(self._unread.popleft()))
         except Exception as error:  # the guard at this boundary, as in `data_received`
             self.abort(error)
+        self._resume_reading()
 
     async def wait_over(self) -> None:
         """Until the connection is closed. Raises what ended it, if it was not one of the ends."""
@@ -125,15 +134,17 @@ class MessageStream(asyncio.Protocol):
         """End the stream now; `wait_over` and `read` raise `error`. Idempotent, the first error counts."""
         if not self.over:
             self._error = self._error or error
+            self._unread.clear()
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none
         connection = transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _SOCKET_OPTIONS.items():
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        with suppress(OSError):  # of a peer that is gone already
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _SOCKET_OPTIONS.items():
+                if hasattr(socket, name):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._connected(self)
 
     def data_received(self, data: bytes) -> None:
@@ -150,9 +161,9 @@ class MessageStream(asyncio.Protocol):
             self._rest += data[used:]
 
     def _take_whole(self, data: bytes) -> int:
-        """How many bytes were used: those of all messages that are whole."""
+        """How many bytes were used: those of all messages that are whole, unless too many wait to be read."""
         start, size = 0, len(data)
-        while size - start >= 4:
+        while size - start >= 4 and not self._paused_reading:
             end = start + 4 + int.from_bytes(data[start : start + 4], "big")
             if end - start - 4 > self.max_bytes:
                 raise StreamLost(f"a message of {end - start - 4} bytes came, {self.max_bytes} are allowed")
@@ -190,20 +201,31 @@ class MessageStream(asyncio.Protocol):
         self._wake_reader()
 
     def pause_writing(self) -> None:
-        error = StreamLost(f"the other end has not read for {STALL_S:g} s")
-        self._stall_timer = asyncio.get_running_loop().call_later(STALL_S, self.abort, error)
+        self._await_progress()
 
     def resume_writing(self) -> None:
         self._cancel_stall_timer()
 
+    def _await_progress(self) -> None:
+        written = self._num_sent - self._transport.get_write_buffer_size()
+        self._stall_timer = asyncio.get_running_loop().call_later(STALL_S, self._check_progress, written)
+
+    def _check_progress(self, written: int) -> None:
+        if self._num_sent - self._transport.get_write_buffer_size() == written:
+            self.abort(StreamLost(f"the other end has read nothing for {STALL_S:g} s"))
+        else:
+            self._await_progress()
+
     def _cancel_stall_timer(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+            self._stall_timer = None
 
     def _resume_reading(self) -> None:
         if self._paused_reading and not self._transport.is_closing():
             self._paused_reading = False
             self._transport.resume_reading()
+            self.data_received(b"")
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -215,10 +237,10 @@ async def connect(address: str, service: str, token: str, parse: Callable[[bytes
     host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
     try:
-        if not (host and port.isdigit()):
-            raise OSError("that is no address")
+        if not host:
+            raise ValueError("that is no address")
         _, stream = await loop.create_connection(lambda: MessageStream(parse), host.strip("[]"), int(port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last two: of what is no address
         raise StreamLost(f"{address} cannot be reached: {error}") from error
     try:
         await _introduce(stream, service, token)

@@ -3,7 +3,7 @@
 Lives on the worker's asyncio loop. It knows sessions and frames, not requests: commands are posted to the
 engine thread, which answers through `deliver`: one frame per session and step, and one before a step that starts
 requests, for their offers. While the engine thread is inside a long step, this side keeps every session alive with
-heartbeats that carry the latest load. A router that does not read loses its session, and attaches again.
+heartbeats that carry the latest load. A router that does not read, or says nothing for 10 s, loses its session.
 """
 
 import asyncio
@@ -21,6 +21,8 @@ SessionId = NewType("SessionId", int)
 
 SERVICE = "session"
 HEARTBEAT_S = 0.5
+TICK_S = HEARTBEAT_S / 2
+MAX_SILENT_TICKS = 40  # a router says something every 2 s
 ATTACH_TIMEOUT_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -92,43 +94,47 @@ class SessionServer:
         outbox = self._outboxes[session] = _Outbox(stream, self._loop, self._clock)
         self._post(Attached(session))
         try:
-            stream.deliver_to(lambda command: self._receive(session, command))
+            stream.deliver_to(lambda command: self._receive(session, outbox, command))
             await self._keep_alive(stream, outbox)
         finally:
             del self._outboxes[session]
             self._post(Ended(session))
             log.info("session %d ended", session)
 
-    def _receive(self, session: SessionId, command: pb.Command) -> None:
+    def _receive(self, session: SessionId, outbox: "_Outbox", command: pb.Command) -> None:
+        outbox.num_silent_ticks = 0
         match command.WhichOneof("kind"):
             case "submit":
                 self._post(Submitted(session, command.submit))
             case "cancel":
                 self._post(Cancelled(session, command.cancel.handle))
+            case None:
+                pass
             case _:
                 raise StreamLost(f"session {session} sent an unexpected command")
 
     async def _keep_alive(self, stream: MessageStream, outbox: "_Outbox") -> None:
-        """Until the router hangs up. Its silence is legal: the connection itself finds out about dead peers."""
-        while True:
-            wait_s = outbox.sent_at + HEARTBEAT_S - self._loop.time()
-            if wait_s <= 0:
-                wait_s = HEARTBEAT_S
-                if outbox.number:  # frame 0 must be the engine's: it holds the snapshot
-                    outbox.send(pb.Frame(load=self._current_load()))
+        """Until the router hangs up, or is silent too long. Its silence is counted in ticks: when this process itself
+        stood still, that is one tick, not many."""
+        while outbox.num_silent_ticks < MAX_SILENT_TICKS:
             try:
-                async with asyncio.timeout(wait_s):
+                async with asyncio.timeout(TICK_S):
                     return await stream.wait_over()
             except TimeoutError:
-                continue
+                outbox.num_silent_ticks += 1
+            # Frame 0 must be the engine's: it holds the snapshot.
+            if outbox.number and self._loop.time() - outbox.sent_at >= TICK_S:
+                outbox.send(pb.Frame(load=self._current_load()))
+        raise StreamLost("the router was silent")
 
 
 class _Outbox:
-    """Numbers the frames of one session."""
+    """One session's frames, numbered, and how long its router has been silent."""
 
     def __init__(self, stream: MessageStream, loop: asyncio.AbstractEventLoop, clock: Callable[[], float]) -> None:
         self.number = 0  # of the next frame
         self.sent_at = loop.time()
+        self.num_silent_ticks = 0  # since the router said something
         self._stream = stream
         self._loop = loop
         self._clock = clock

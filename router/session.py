@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 class SessionConfig:
     silence_s: float = 2.0  # workers send a frame at least every 0.5 s
     stall_s: float = 60.0  # above the longest group of layers: a large model on a CPU takes many seconds
+    connect_timeout_s: float = 5.0
     attach_timeout_s: float = 60.0  # the first frame waits for the end of the worker's current step
+    alive_s: float = 2.0  # workers end sessions that say nothing for some times as long
     min_backoff_s: float = 0.1
     max_backoff_s: float = 2.0
 
@@ -97,6 +99,7 @@ class WorkerSession:
         self._progress = 0
         self._progressed_at = 0.0
         self._stalled = False
+        self._spoke_at = 0.0
 
     @property
     def usable(self) -> bool:
@@ -184,10 +187,14 @@ class WorkerSession:
             return f"internal error: {type(error).__name__}"
 
     async def _serve(self) -> None:
-        async with asyncio.timeout(self._config.attach_timeout_s):
-            stream = await connect(self.member.address, SERVICE, self._token, pb.Frame.FromString)
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                stream = await connect(self.member.address, SERVICE, self._token, pb.Frame.FromString)
+        except TimeoutError:
+            raise StreamLost("it does not answer") from None
         self._stream = stream
         try:
+            self._end_if_idle()  # it may have been retired meanwhile
             stream.send(pb.Command(attach=pb.Attach(router_id=self._router_id)))
             async with asyncio.timeout(self._config.attach_timeout_s):
                 first = await stream.read()
@@ -241,6 +248,8 @@ class WorkerSession:
             self._next_event += len(frame.kv_events)
             self._listener.session_events(self, frame)
         self._hand_out(state, frame)
+        if self.last_frame_at - self._spoke_at > self._config.alive_s:  # workers send frames more often than that
+            self._send(pb.Command())
         self._listener.session_reported(self)
 
     def _hand_out(self, state: WorkerState, frame: pb.Frame) -> None:
@@ -286,6 +295,7 @@ class WorkerSession:
     def _send(self, command: pb.Command) -> None:
         """In order. A worker that does not read falls silent, and is lost by that."""
         if self._stream is not None:
+            self._spoke_at = self.last_frame_at
             self._stream.send(command)
 
     def _end_if_idle(self) -> None:

@@ -103,10 +103,12 @@ class TokenStream:
             return self.accept(index, [token_id], [], None)
         token_ids.append(token_id)
         try:
-            if not take_token(token_id):
-                waiter.set_result(False)
+            more = take_token(token_id)
         except Exception as error:  # the consumer's, not of the worker whose frame this is
             waiter.set_exception(error)
+        else:
+            if not more and not waiter.done():
+                waiter.set_result(False)
         return False
 
     def _append_early(self, early: dict[int, _Piece]) -> None:

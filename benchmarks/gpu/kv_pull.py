@@ -9,7 +9,7 @@ KvSource and KvSink. Everything becomes final at once: prefill hides nothing. In
   gather   what one announcement of everything has a copy thread do, in this one: the table of rows from the block ids,
            its way to the device, the kernel over the other process's memory, and waiting for it on the host
   pull     of a whole handoff, the time in which copies ran (as the metrics have it)
-  handoff  offer in hand to KV confirmed: with the lease, announcements and confirmation over gRPC
+  handoff  offer in hand to KV confirmed: with the lease, announcements and confirmation
 
 `gather` is the transport's; a transport whose reader maps nothing has none. Rounds alternate; medians are reported.
 """

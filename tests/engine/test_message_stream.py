@@ -1,6 +1,7 @@
 """Streams of messages over real sockets: order, ends, errors, and peers that lie, stall or probe."""
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -42,9 +43,11 @@ async def serving(serve: Callable[[MessageStream], Any] = echo, token: str = TOK
     server = MessageServer("127.0.0.1", token=token)
     server.register(SERVICE, pb.Closed.FromString, serve)
     await server.start()
-    async with asyncio.timeout(TIMEOUT_S):
-        yield server
-    await server.stop()
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            yield server
+    finally:
+        await server.stop()
     assert not server._streams
 
 
@@ -100,7 +103,6 @@ async def test_what_comes_before_a_receiver_is_kept_and_delivered_first() -> Non
         for i in range(500):
             stream.send(heard(str(i)))
         assert (await stream.read()).lease_id == "0"
-        await asyncio.sleep(0.05)
         got: list[str] = []
         done = asyncio.Event()
 
@@ -120,11 +122,25 @@ async def test_who_does_not_read_makes_the_peer_wait() -> None:
         stream = await client(server)
         for i in range(2000):
             stream.send(heard("x" * 10_000 + str(i)))
-        await asyncio.sleep(0.2)
-        assert message_stream.MAX_UNREAD <= len(stream._unread) < 2000
+        while not stream._paused_reading:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0)
         for i in range(2000):
+            assert len(stream._unread) <= message_stream.MAX_UNREAD
             assert (await stream.read()).lease_id == "x" * 10_000 + str(i)
         stream.abort()
+
+
+async def test_what_was_not_read_before_a_clean_end_is_delivered() -> None:
+    async def say(stream: MessageStream) -> None:
+        for name in "abc":
+            stream.send(heard(name))
+
+    async with serving(say) as server:
+        stream, got = await client(server), []
+        assert (await stream.read()).lease_id == "a"
+        await stream.wait_over()
+        stream.deliver_to(lambda message: got.append(message.lease_id))
+        assert got == ["b", "c"]
 
 
 async def test_a_clean_end_is_none_after_the_last_message() -> None:
@@ -155,6 +171,23 @@ async def test_what_a_receiver_raises_ends_its_stream_only_and_comes_out() -> No
         other.send(heard("b"))
         assert (await other.read()).lease_id == "b"
         other.abort()
+
+
+async def test_nothing_is_delivered_after_what_a_receiver_raised() -> None:
+    async with serving() as server:
+        reader, writer = await greeted(server)
+        stream = next(iter(server._streams))
+        got: list[str] = []
+
+        def receive(message: pb.Closed) -> None:
+            got.append(message.lease_id)
+            raise KeyError("no")
+
+        stream.deliver_to(receive)
+        writer.write(b"".join(framed(heard(name).SerializeToString()) for name in "abc"))
+        assert await reader.read() == b""
+        assert got == ["a"]
+        writer.close()
 
 
 async def test_a_service_that_fails_costs_its_own_stream() -> None:
@@ -241,27 +274,49 @@ async def test_probes_end_and_harm_nobody() -> None:
         stream.abort()
 
 
+async def test_nothing_long_is_kept_before_the_handshake() -> None:
+    async with serving() as server:
+        reader, writer = await raw(server)
+        await reader.readexactly(4 + message_server.CHALLENGE_BYTES)
+        writer.write((MAX_GREETING_BYTES + 1).to_bytes(4))
+        assert await reader.read() == b""
+        writer.close()
+
+
 async def test_a_handshake_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(message_server, "HANDSHAKE_S", 0.1)
     async with serving() as server:
         reader, writer = await raw(server)
-        await reader.read()
+        async with asyncio.timeout(2):
+            assert len(await reader.read()) == 4 + message_server.CHALLENGE_BYTES
         writer.close()
+
+
+async def test_strangers_do_not_keep_peers_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_server, "MAX_HANDSHAKES", 4)
+    async with serving() as server:
+        peer = await client(server)
+        strangers = [await raw(server) for _ in range(20)]
+        late = await client(server)
+        for stream in (peer, late):
+            stream.send(heard("a"))
+            assert (await stream.read()).lease_id == "a"
+            stream.abort()
+        assert len(server._handshakes) <= 4
+        for _, writer in strangers:
+            writer.close()
 
 
 async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(message_server, "MAX_STREAMS", 2)
     async with serving() as server:
         streams = [await client(server) for _ in range(2)]
-        with pytest.raises(StreamLost):
+        with pytest.raises(StreamRefused, match="too many streams"):
             await client(server)
         streams[0].abort()
-        while True:
-            try:
+        while len(streams) < 3:
+            with contextlib.suppress(StreamRefused):
                 streams.append(await client(server))
-                break
-            except StreamLost:
-                await asyncio.sleep(0)
         for stream in streams:
             stream.abort()
 
@@ -282,7 +337,46 @@ async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPa
     async with serving(flood) as server:
         _, writer = await greeted(server)
         writer.transport.pause_reading()
-        assert "has not read" in str(await lost)
+        assert "has read nothing" in str(await lost)
+        writer.close()
+
+
+async def test_what_a_peer_has_not_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_stream, "MAX_UNSENT_BYTES", 20_000_000)
+
+    async def flood(stream: MessageStream) -> None:
+        while not stream.over:
+            stream.send(heard("x" * 1_000_000))
+            most.append(stream._transport.get_write_buffer_size())
+            await asyncio.sleep(0)
+
+    most: list[int] = []
+    async with serving(flood) as server:
+        _, writer = await greeted(server)
+        writer.transport.pause_reading()
+        while server._streams:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0)
+        assert 20_000_000 < max(most) < 22_000_000
+        writer.close()
+
+
+async def test_a_slow_peer_keeps_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_stream, "STALL_S", 0.2)
+    num_bytes = 20_000_000
+
+    async def say(stream: MessageStream) -> None:
+        for _ in range(num_bytes // 1_000_000):
+            stream.send(heard("x" * 1_000_000))
+        await stream.wait_over()
+
+    async with serving(say) as server:
+        reader, writer = await greeted(server)
+        left, began = num_bytes, asyncio.get_running_loop().time()
+        while left > 0:  # in 1.5 s: some times as long as a peer may read nothing
+            left -= len(await reader.readexactly(min(left, 400_000)))
+            await asyncio.sleep(0.03)
+        assert asyncio.get_running_loop().time() - began > 3 * message_stream.STALL_S
+        assert len(server._streams) == 1
         writer.close()
 
 
@@ -292,7 +386,8 @@ async def test_a_server_that_is_none_is_refused_in_time() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await connect(f"127.0.0.1:{port}", SERVICE, TOKEN, pb.Closed.FromString)
-    for address in (f"127.0.0.1:{port}", "127.0.0.1:99999", "nowhere", "", ":1", "127.0.0.1:", "[::1"):
+    nowhere = ("nowhere", "", ":1", "127.0.0.1:", "[::1", "h:²", "..:80", "a" * 70 + ".b:80", "a\0:80")
+    for address in (f"127.0.0.1:{port}", "127.0.0.1:99999", *nowhere):
         with pytest.raises(StreamLost, match="cannot be reached"):
             await connect(address, SERVICE, TOKEN, pb.Closed.FromString)
 
@@ -331,15 +426,58 @@ async def test_stopping_a_server_writes_what_was_sent_and_ends_every_stream() ->
     frozen[1].close()
 
 
-async def test_one_server_serves_ipv6_too() -> None:
-    server = MessageServer("::1", token="")
+async def test_stopping_ends_also_what_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message_server, "STOP_GRACE_S", 0.1)
+
+    async def say(stream: MessageStream) -> None:
+        for _ in range(20):
+            stream.send(heard("x" * 1_000_000))
+        full.set()
+        await stream.wait_over()
+
+    full = asyncio.Event()
+    async with serving(say) as server:
+        _, writer = await greeted(server)
+        writer.transport.pause_reading()
+        await full.wait()
+        stream = next(iter(server._streams))
+    assert stream.over
+    writer.close()
+
+
+async def test_connections_that_come_while_a_server_stops_are_not_served() -> None:
+    for _ in range(20):
+        async with serving() as server:
+            coming = [asyncio.create_task(raw(server)) for _ in range(5)]
+            await asyncio.sleep(0)
+        for _, writer in [
+            each for each in await asyncio.gather(*coming, return_exceptions=True) if type(each) is tuple
+        ]:
+            writer.close()
+        await asyncio.sleep(0)
+        assert not server._streams
+
+
+@pytest.mark.parametrize(("host", "reached_at"), [("::1", "[::1]"), ("::", "[::1]"), ("::", "127.0.0.1")])
+async def test_ipv6_is_served_too(host: str, reached_at: str) -> None:
+    server = MessageServer(host, token=TOKEN)
     server.register(SERVICE, pb.Closed.FromString, echo)
     await server.start()
-    stream = await connect(server.address, SERVICE, "", pb.Closed.FromString)
+    port = server.address.rpartition(":")[2]
+    stream = await connect(f"{reached_at}:{port}", SERVICE, TOKEN, pb.Closed.FromString)
     stream.send(heard("a"))
     assert (await stream.read()).lease_id == "a"
     stream.abort()
     await server.stop()
+
+
+async def test_dead_peers_are_found_by_the_kernel() -> None:
+    async with serving() as server:
+        stream = await client(server)
+        connection = stream._transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 15_000
+        stream.abort()
 
 
 def test_an_open_port_needs_a_token() -> None:

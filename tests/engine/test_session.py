@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from engine import session
 from engine.message_stream import MessageStream, StreamRefused, connect
 from engine.server import WorkerIdentity, internal_server
 from engine.session import SERVICE, Attached, Cancelled, Ended, SessionCommand, SessionId, SessionServer, Submitted
@@ -53,12 +54,12 @@ async def test_commands_arrive_in_order_and_the_end_is_said_once() -> None:
         stream.send(pb.Command(submit=pb.Submit(handle=4, request_id="r")))
         stream.send(pb.Command(cancel=pb.Cancel(handle=4)))
         stream.close()
-        session = SessionId(0)
-        assert await worker.next() == Attached(session)
+        first = SessionId(0)
+        assert await worker.next() == Attached(first)
         submitted = await worker.next()
         assert isinstance(submitted, Submitted)
         assert submitted.message.handle == 4
-        assert [await worker.next(), await worker.next()] == [Cancelled(session, 4), Ended(session)]
+        assert [await worker.next(), await worker.next()] == [Cancelled(first, 4), Ended(first)]
         assert worker.commands.empty()
 
 
@@ -91,6 +92,23 @@ async def test_a_second_attach_ends_the_session() -> None:
         stream.send(ATTACH)
         stream.send(ATTACH)
         assert [await worker.next(), await worker.next()] == [Attached(SessionId(0)), Ended(SessionId(0))]
+
+
+async def test_a_silent_router_loses_its_session_and_one_that_says_something_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "TICK_S", 0.01)
+    monkeypatch.setattr(session, "MAX_SILENT_TICKS", 20)
+    async with running() as (worker, attach):
+        silent, alive = await attach(), await attach()
+        for stream in (silent, alive):
+            stream.send(ATTACH)
+            await worker.next()
+        while not silent.over:
+            alive.send(pb.Command())
+            await asyncio.sleep(0.01)
+        assert await worker.next() == Ended(SessionId(0))
+        assert not alive.over
 
 
 @pytest.mark.parametrize("sent", ["", "wrong", "secret2"])

@@ -1,4 +1,4 @@
-"""A whole cluster inside one process: real engines, real gRPC, real transports, no HTTP and no registry.
+"""A whole cluster inside one process: real engines, real streams, real transports, no HTTP and no registry.
 
 What the integration tests compare token by token is what the processes of a deployment run; only the process
 borders are missing (tests/integration/test_processes.py has those).

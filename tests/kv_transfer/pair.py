@@ -1,4 +1,4 @@
-"""A source and a sink in one process, over real gRPC on loopback, with block pools that are counted."""
+"""A source and a sink in one process, over a real stream on loopback, with block pools that are counted."""
 
 import asyncio
 import time

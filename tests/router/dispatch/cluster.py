@@ -1,4 +1,4 @@
-"""A dispatcher over real gRPC sessions to fake workers, all in the test's event loop."""
+"""A dispatcher over real sessions to fake workers, all in the test's event loop."""
 
 import asyncio
 import contextlib

@@ -1,5 +1,10 @@
+import asyncio
+import random
+
 import pytest
 
+from engine.message_stream import connect
+from router import session
 from router.generation import Overloaded
 from router.membership import Joined, Left
 from tests.router.dispatch.cluster import EXPECTED, Gate, cluster, collect
@@ -124,3 +129,56 @@ async def test_a_worker_with_another_token_is_not_used():
             assert stranger.num_sessions == 0
             it.membership.changes.put_nowait(Left("d9"))
             await it.signal.until(lambda: it.known("d9") is None)
+
+
+async def test_a_worker_that_leaves_while_it_is_being_connected_to_is_left(monkeypatch):
+    connecting, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow_connect(*args):
+        connecting.set()
+        await go_on.wait()
+        return await connect(*args)
+
+    async with cluster(0, 1) as it, serving(FakeWorker("d9", "decode", it.signal)) as members:
+        monkeypatch.setattr(session, "connect", slow_connect)
+        it.membership.changes.put_nowait(members[0])
+        await connecting.wait()
+        it.membership.changes.put_nowait(Left("d9"))
+        await it.signal.until(lambda: it.dispatcher._sessions["d9"].retired)
+        go_on.set()
+        await it.signal.until(lambda: it.known("d9") is None)
+        assert await collect(it.start()) == EXPECTED
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_index_holds_what_workers_hold_whatever_frames_and_events_are_lost(seed):
+    rng = random.Random(seed)
+    async with cluster(2, 2) as it:
+        index, slots = it.dispatcher._placement._index, it.dispatcher._placement._slots
+
+        def exact(worker: FakeWorker) -> bool:
+            bit = 1 << slots[worker.id]
+            known = {h for shard in index._shards for h, mask in shard.items() if mask & index._live & bit}
+            return known == set(worker.hashes)
+
+        for _ in range(60):
+            worker = it[rng.choice(list(it.workers))]
+            match rng.choice(("store", "store", "clear", "frame", "event", "kill")):
+                case "store":
+                    worker.store([rng.randrange(50) for _ in range(rng.randrange(4))])
+                case "clear":
+                    worker.clear([rng.randrange(50) for _ in range(rng.randrange(4))])
+                case "frame":
+                    worker.skip_frame()
+                case "event":
+                    worker.lose_event()
+                case "kill":
+                    await worker.kill()
+                    await it.signal.until(lambda worker=worker: not it.usable(worker.id))
+                    await worker.start()
+            if rng.random() < 0.3:
+                await asyncio.sleep(0.01)
+        for worker in it.workers.values():
+            worker.store([99])  # after it nothing is missing that a session does not know of
+            await it.signal.until(lambda worker=worker: it.usable(worker.id) and exact(worker))
+        assert it.dispatcher.counters.sessions_lost > 5
