@@ -106,6 +106,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--trace", type=Path, default=default if default.exists() else None)
     options = parser.parse_args()
+    if options.trace is not None and not options.trace.is_file():
+        parser.error(f"--trace: there is no file {options.trace}")
+    if min(options.blocks) < max(FIND_TARGETS_US):
+        parser.error(f"--blocks: at least {max(FIND_TARGETS_US)}, the longest sequence")
     if options.trace is not None:
         for num_workers in options.workers:
             replay(options.trace, num_workers)

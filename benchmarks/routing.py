@@ -198,7 +198,8 @@ def sizes(base: Case, totals: Sequence[int]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, required=True)
+    trace = Path(__file__).parents[2] / "shared/traces/mooncake_conversation_trace.jsonl"
+    parser.add_argument("--trace", type=Path, default=trace if trace.exists() else None)
     parser.add_argument("--prefill", type=int, default=8)
     parser.add_argument("--decode", type=int, default=8)
     parser.add_argument("--kv-memory", default="100GiB", help="of each worker")
@@ -215,6 +216,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.trace is None or not args.trace.is_file():
+        parser.error(f"--trace: {args.trace or 'a trace of requests'} is needed, as Mooncake and Azure publish them")
     slo = Slo(args.ttft, args.tpot)
     case = Case(
         args.trace, BATON, args.seeds[0], args.rate_scale or 4.0, args.prefill, args.decode, args.kv_memory,

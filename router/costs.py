@@ -16,7 +16,7 @@ _MIN_FREE = 0.05  # of a decode worker's memory, likewise
 
 @dataclass(frozen=True, slots=True)
 class PrefillLoad:
-    """Of one worker of the prefill pool: requests that come each second, and the part of its time that they take."""
+    """Of one worker that prefills: requests that come each second, and the part of its time that they take."""
 
     requests_per_s: float
     busy: float
@@ -34,11 +34,12 @@ class PrefillCost:
 
 @dataclass(frozen=True, slots=True)
 class DecodeCost:
-    """`step` is what a step takes with the newcomer once prefill has ended; `total` counts its own tokens, what it
-    adds to the others, and the wait for memory, its own and that of others."""
+    """`step` is what a step takes with the newcomer once prefill has ended; `answers` counts its own tokens and what it
+    adds to those of others; `waits` the wait for memory, its own and that of others."""
 
     step: Floats
-    total: Floats
+    answers: Floats
+    waits: Floats
 
 
 def prefill_cost(num_tokens: int, uncached: Ints, pool: Pool, load: PrefillLoad) -> PrefillCost:
@@ -68,17 +69,17 @@ def decode_cost(
     tokens = num_seqs * (pool.seq_tokens + np.minimum(steps, mean_output))
     growth = pool.newcomer_s + pool.kv_token_s * (num_tokens + 0.5 * output)
     step: Floats = pool.base_s + pool.newcomer_s * num_seqs + pool.kv_token_s * tokens + growth
-    total: Floats = output * step + num_seqs * growth * mean_output
+    answers: Floats = output * step + num_seqs * growth * mean_output
     # The fuller the memory, the more of those who come wait for it, while this request holds its part.
     part = needed / np.maximum(1.0, pool.num_blocks)
     free = pool.num_free_blocks / np.maximum(1.0, pool.num_blocks)
-    total += part * output * step * pool.num_seqs * (1.0 - free) / np.maximum(_MIN_FREE, free - part)
+    waits: Floats = part * output * step * pool.num_seqs * (1.0 - free) / np.maximum(_MIN_FREE, free - part)
     missing = needed * pool.block_size - (pool.num_tokens - tokens)
     short: Bools = missing > 0.0
     if short.any():  # memory comes back as answers end
         freed = np.maximum(1.0, pool.seq_tokens) * np.maximum(1.0, num_seqs) / (mean_output * step)
-        total = total + np.where(short, np.minimum(missing, pool.num_tokens) / freed, 0.0)
-    return DecodeCost(step, total)
+        waits = waits + np.where(short, np.minimum(missing, pool.num_tokens) / freed, 0.0)
+    return DecodeCost(step, answers, waits)
 
 
 def cheapest(costs: Floats, turn: int) -> int:

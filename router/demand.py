@@ -31,23 +31,30 @@ class Rate:
         return self._sum * math.exp((self._last - now) / WINDOW_S) / covered
 
 
+class PrefillDemand:
+    """Of the prompts that one pool computes."""
+
+    def __init__(self) -> None:
+        self._prompts = Rate()
+        self._work_s = Rate()
+
+    def placed(self, work_s: float, now: float) -> None:
+        """A prompt came, of so many seconds of work."""
+        self._prompts.add(1.0, now)
+        self._work_s.add(work_s, now)
+
+    def prompts_per_s(self, now: float) -> float:
+        return self._prompts.per_second(now)
+
+    def busy_workers(self, now: float) -> float:
+        """That the prompts keep busy."""
+        return self._work_s.per_second(now)
+
+
 class Demand:
     def __init__(self) -> None:
         self.mean_output = _FIRST_OUTPUT  # tokens of an answer
-        self._prefills = Rate()
-        self._prefill_s = Rate()
-
-    def placed(self, prefill_s: float, now: float) -> None:
-        """A request went to a prefill worker, for so many seconds of work."""
-        self._prefills.add(1.0, now)
-        self._prefill_s.add(prefill_s, now)
+        self.on_prefill, self.on_decode = PrefillDemand(), PrefillDemand()  # by the pool that prefills
 
     def ended(self, num_output_tokens: int) -> None:
         self.mean_output += _OUTPUT_WEIGHT * (max(1, num_output_tokens) - self.mean_output)
-
-    def prefills_per_s(self, now: float) -> float:
-        return self._prefills.per_second(now)
-
-    def prefill_load(self, now: float) -> float:
-        """Prefill workers that this router's requests keep busy."""
-        return self._prefill_s.per_second(now)

@@ -207,8 +207,9 @@ class Placement(Generic[C]):
         return Placed(candidate, decision, self._states[decision.prefill], decode, work, pull)
 
     def _note(self, candidate: C, facts: RequestFacts, decision: RoutingDecision) -> None:
-        if decision.prefill is not None:
-            self._table.demand.placed(decision.prefill_s, self._table.now)
+        demand = self._table.demand
+        where = demand.on_decode if decision.prefill is None else demand.on_prefill
+        where.placed(decision.prefill_s, self._table.now)
         if facts.session:
             session = self._sessions[candidate] = (facts.tenant, facts.session)
             self._affinity.placed(session, decision.prefill, decision.decode, facts.num_tokens)

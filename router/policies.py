@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, prefill_cost
+from router.demand import PrefillDemand
 from router.worker_table import Bools, Floats, Ints, Pool, WorkerTable
 
 # Output tokens for which a decode worker must have room before it gets a request. Reserving all of max_tokens
@@ -24,6 +25,11 @@ OUTPUT_RESERVE_TOKENS = 256
 HANDOFF_TOKENS = 64
 
 LINK_PRICE = 0.1  # of the time that a transfer takes from others
+
+# What a second of an answer, its own or another's, is worth beside one before a first token: as limits of 2 s to the
+# first token and 50 ms for each of 200 later ones say. At a price of 1, prompts would wait for seconds where few
+# sequences run rather than slow down many by less than anybody sees.
+ANSWER_PRICE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ class PrefixAware:
             return None
         routes = self._routes(facts, hits, hits_here, table)
         decode = decode_cost(
-            facts.num_tokens, facts.max_new_tokens, needed, pool, routes.first, table.demand.mean_output
+            facts.num_tokens, facts.max_new_tokens, needed, pool, routes.decoding, table.demand.mean_output
         )
         if facts.ttft_s is not None or facts.tpot_s is not None:
             in_time = routes.seconds < np.inf
@@ -142,7 +148,7 @@ class PrefixAware:
             able &= in_time
         if not able.any():
             return None
-        costs = np.where(able, routes.seconds + decode.total, np.inf)
+        costs = np.where(able, routes.seconds + ANSWER_PRICE * decode.answers + decode.waits, np.inf)
         best = cheapest(costs, table.turn)
         return routes.decision(best, hits, table, float(costs[best]))
 
@@ -153,7 +159,12 @@ class PrefixAware:
         uncached_here = np.maximum(1, num_tokens - hits_here)
         routes = _Routes(pool)
         if len(prefill):
-            cost = prefill_cost(num_tokens, np.maximum(1, num_tokens - hits[prefill.rows]), prefill, _load(table))
+            cost = prefill_cost(
+                num_tokens,
+                np.maximum(1, num_tokens - hits[prefill.rows]),
+                prefill,
+                _load(table.demand.on_prefill, prefill, table),
+            )
             seconds = cost.first + cost.others
             there: Bools | None = None
             if facts.excluded:
@@ -166,9 +177,9 @@ class PrefixAware:
         most = np.inf if self.local_prefill_max_tokens is None else self.local_prefill_max_tokens
         local = ~routes.paired | (uncached_here <= most)
         if local.any():
-            cost = prefill_cost(num_tokens, uncached_here, pool, PrefillLoad(0.0, 0.0))
-            # Every sequence that decodes here stands still meanwhile.
-            seconds = cost.first + cost.work * pool.num_running
+            cost = prefill_cost(num_tokens, uncached_here, pool, _load(table.demand.on_decode, pool, table))
+            # Every sequence that decodes here by then stands still meanwhile.
+            seconds = cost.first + cost.others + ANSWER_PRICE * cost.work * pool.num_seqs
             seconds = np.where(local & (cost.first <= left), seconds, np.inf)
             routes.prefill_here(seconds, cost)
         return routes
@@ -183,6 +194,7 @@ class _Routes:
         size = len(pool)
         self.seconds: Floats = np.full(size, np.inf)
         self.first: Floats = np.zeros(size)
+        self.decoding: Floats = np.zeros(size)  # of the time until then, what the decode worker spends on decoding
         self.begun: Floats = np.full(size, np.inf)
         self.work: Floats = np.zeros(size)
         self.partner: Ints = np.full(size, -1, np.intp)
@@ -214,7 +226,7 @@ class _Routes:
         moved = np.maximum(pool.pull_wait_s[same], prefill.wait_s[best]) + transfer
         exposed = np.maximum(0.0, moved - cost.first[best])
         self.seconds[same] = seconds[best] + handoff + exposed + LINK_PRICE * transfer
-        self.first[same] = cost.first[best]
+        self.first[same] = self.decoding[same] = cost.first[best]
         self.begun[same] = cost.first[best] + handoff + exposed
         self.work[same] = cost.work[best]
         self.partner[same] = best
@@ -225,6 +237,7 @@ class _Routes:
         self.partner = np.where(better, -1, self.partner)
         for mine, other in ((self.seconds, seconds), (self.first, cost.first), (self.work, cost.work)):
             np.copyto(mine, other, where=better)
+        self.decoding[better] = 0.0
 
     def decision(self, decode: int, hits: Ints, table: WorkerTable, cost_s: float) -> RoutingDecision:
         partner = int(self.partner[decode])
@@ -242,13 +255,12 @@ def _idle(table: WorkerTable) -> bool:
     return prefill_idle and bool((table.decode.num_seqs == 0).any())
 
 
-def _load(table: WorkerTable) -> PrefillLoad:
-    """Of a worker of the prefill pool. What other routers send is taken to be like what this one sends, and as much as
+def _load(demand: PrefillDemand, pool: Pool, table: WorkerTable) -> PrefillLoad:
+    """Of one of the pool's workers. What other routers send is taken to be like what this one sends, and as much as
     their part of the sequences on decode workers."""
-    demand, num_workers = table.demand, len(table.prefill)
     routers = max(1.0, float(table.decode.num_seqs.sum()) / max(1, table.num_own))
-    per_worker = routers / num_workers
-    return PrefillLoad(demand.prefills_per_s(table.now) * per_worker, demand.prefill_load(table.now) * per_worker)
+    per_worker = routers / len(pool)
+    return PrefillLoad(demand.prompts_per_s(table.now) * per_worker, demand.busy_workers(table.now) * per_worker)
 
 
 def blocks_needed(facts: RequestFacts, hits_here: Ints, pool: Pool) -> Floats:

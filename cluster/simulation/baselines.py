@@ -5,7 +5,7 @@ decode-first admission (a request waits in the router while no decode worker has
 cluster has no prefill workers, the rule for prefill chooses among the decode workers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -53,11 +53,11 @@ class PrefixOnly:
         return _place(facts, hits, table, -hits[pool.rows].astype(np.float64), fewest, "longest prefix")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class CacheAware:
-    """SGLang's cache_aware rule, with the defaults of its gateway 0.3.1: the longest match where it covers more than
-    `cache_threshold` of the prompt, else the worker with the smallest record of prompts; while requests are unbalanced,
-    the worker with the fewest. Decode: the fewest sequences.
+    """SGLang's cache_aware rule, with the defaults of its gateway 0.3.1 (its tie-break as it is since December 2025):
+    the longest match where it covers more than `cache_threshold` of the prompt, else the worker with the fewest
+    requests; that one too while requests are unbalanced. Decode: the fewest sequences.
 
     Its router guesses what workers hold from what it has sent; here it knows.
     """
@@ -66,26 +66,19 @@ class CacheAware:
     balance_abs_threshold: int = 64
     balance_rel_threshold: float = 1.5
     uses_hits: bool = True
-    _records: dict[str, float] = field(default_factory=dict)  # tokens sent and not matched, by worker
 
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
         pool = prefillers(table)
         # With one pool, its choice is made once, by the rule.
         decode_costs = table.decode.num_seqs if pool is table.prefill else np.zeros(len(pool))
-        decision = _place(facts, hits, table, self._costs(facts, hits, pool), decode_costs, "cache aware")
-        if decision is not None:
-            worker_id = decision.prefill or decision.decode
-            self._records[worker_id] = self._records.get(worker_id, 0.0) + facts.num_uncached(decision.hit_tokens)
-        return decision
+        return _place(facts, hits, table, self._costs(facts, hits, pool), decode_costs, "cache aware")
 
     def _costs(self, facts: RequestFacts, hits: Ints, pool: Pool) -> Floats:
         most, least = float(pool.num_seqs.max()), float(pool.num_seqs.min())
         if most - least > self.balance_abs_threshold and most > self.balance_rel_threshold * least:
             return pool.num_seqs
         matched = hits[pool.rows].astype(np.float64)
-        if matched.max() > self.cache_threshold * facts.num_tokens:
-            return -matched
-        return np.array([self._records.get(pool.worker_id(position), 0.0) for position in range(len(pool))])
+        return -matched if matched.max() > self.cache_threshold * facts.num_tokens else pool.num_seqs
 
 
 @dataclass(frozen=True, slots=True)

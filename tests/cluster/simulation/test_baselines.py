@@ -81,7 +81,7 @@ def test_prefix_only_takes_the_longest_prefix_whatever_the_queue() -> None:
     [
         (4, 60, "prefill-1"),  # above the threshold of 0.3
         (4, 65, "prefill-0"),  # but out of balance: more than 64 requests above the least, and 1.5 times as many
-        (3, 60, "prefill-0"),  # not above it: the smallest record, and ties are spread
+        (3, 60, "prefill-0"),  # not above it: the fewest requests
     ],
 )
 def test_cache_aware_follows_its_thresholds(cached: int, num_running: int, expected: str) -> None:
@@ -89,10 +89,13 @@ def test_cache_aware_follows_its_thresholds(cached: int, num_running: int, expec
     assert chosen(CacheAware(), *workers, *DECODERS)[0] == expected
 
 
-def test_cache_aware_sends_what_matches_nowhere_to_the_smallest_record() -> None:
-    policy = CacheAware(_records={"prefill-0": 500.0, "prefill-2": 100.0, "prefill-1": 200.0})
-    workers = (Worker("prefill-0"), Worker("prefill-1"), Worker("prefill-2"))
-    assert chosen(policy, *workers, *DECODERS)[0] == "prefill-2"
+def test_cache_aware_sends_what_matches_nowhere_to_the_fewest_requests() -> None:
+    workers = (
+        Worker("prefill-0", num_running=3),
+        Worker("prefill-1", num_running=2),
+        Worker("prefill-2", num_running=4),
+    )
+    assert chosen(CacheAware(), *workers, *DECODERS)[0] == "prefill-1"
 
 
 def test_block_cost_counts_tokens_on_their_way_and_decodes_where_the_fewest_blocks_are_in_use() -> None:

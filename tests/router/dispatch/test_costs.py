@@ -45,7 +45,7 @@ def test_a_second_of_work_is_dearer_than_a_second_of_waiting_where_the_pool_is_f
     assert pick(table(2.0)) == "p1"
     full = table(2.0)
     for number in range(120):
-        full.demand.placed(0.9, 0.5 * number)
+        full.demand.on_prefill.placed(0.9, 0.5 * number)
     full.now = 60.0
     assert pick(full) == "p0"
     assert pick(table(0.0)) == "p1"
@@ -70,8 +70,8 @@ def test_sequences_on_their_way_are_there_by_then():
 
 def test_a_newcomer_pays_for_its_own_steps_and_for_those_of_others():
     pool = view(worker("d0", num_seqs=40), worker("d1")).decode
-    total = decode_cost(1000, 100, np.zeros(2), pool, 0.0, 500.0).total
-    assert total == pytest.approx([100 * 0.051 + 40 * 0.001 * 500, 100 * 0.011], rel=1e-5)
+    answers = decode_cost(1000, 100, np.zeros(2), pool, 0.0, 500.0).answers
+    assert answers == pytest.approx([100 * 0.051 + 40 * 0.001 * 500, 100 * 0.011], rel=1e-5)
 
 
 def test_memory_that_is_not_free_by_then_is_waited_for():
@@ -81,7 +81,7 @@ def test_memory_that_is_not_free_by_then_is_waited_for():
     lacks = decode_cost(1000, 100, np.array([475.0]), pool, 0.0, 100.0)
     freed_per_s = 20 * 500 / (100 * fits.step[0])
     others = 0.1 * 100 * fits.step[0] * 20 * 0.625 / 0.05  # a tenth more of the memory, of which nothing is left
-    assert lacks.total[0] - fits.total[0] == pytest.approx(1600 / freed_per_s + others, rel=1e-5)
+    assert lacks.waits[0] - fits.waits[0] == pytest.approx(1600 / freed_per_s + others, rel=1e-5)
 
 
 def test_memory_costs_others_the_more_the_fuller_it_is():
@@ -91,7 +91,7 @@ def test_memory_costs_others_the_more_the_fuller_it_is():
         pool = view(worker("d0", num_seqs=num_seqs, num_free_blocks=num_free_blocks)).decode
         free, taken = (decode_cost(1000, 100, np.array([each]), pool, 0.0, 100.0) for each in (0.0, 100.0))
         assert free.step == taken.step
-        return float((taken.total - free.total)[0] / (0.1 * 100 * free.step[0]))
+        return float((taken.waits - free.waits)[0] / (0.1 * 100 * free.step[0]))
 
     assert others(1000) == 0.0  # nothing is taken: nobody waits
     assert others(600) == pytest.approx(10 * 0.4 / 0.5, rel=1e-5)

@@ -227,7 +227,7 @@ def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_pref
 
 @pytest.mark.parametrize(
     ("part", "expected"),  # of the time to compute a token, the time to move one
-    [(0.0, "p0"), (0.5, "p0"), (1.1, "p0"), (2.5, None), (float("inf"), "p0"), (float("nan"), "p0")],
+    [(0.0, "p0"), (0.5, "p0"), (0.9, "p0"), (2.5, None), (float("inf"), "p0"), (float("nan"), "p0")],
 )
 def test_what_takes_much_longer_to_move_than_to_compute_is_prefilled_locally(part, expected):
     decode = worker("d0", num_seqs=1, transfer_token_s=part * TOKEN_S)
@@ -239,15 +239,55 @@ def test_full_prefill_workers_are_helped_by_decode_workers_but_nobody_waits_long
     def pick(prefill_wait: float, decode_wait: float, num_seqs: int = 5) -> str | None:
         table = view(worker("p0", queue_s=prefill_wait), worker("d0", queue_s=decode_wait, num_seqs=num_seqs))
         for second in range(60):  # three times as much as the prefill worker can compute
-            table.demand.placed(3.0, float(second))
+            table.demand.on_prefill.placed(3.0, float(second))
         table.now, table.num_own = 60.0, num_seqs
         return choose(PrefixAware(), facts(), {}, table).prefill
 
-    assert pick(0.0, 0.0) == "p0"
-    assert pick(1.0, 0.0) is None
-    assert pick(1.0, 0.0, num_seqs=60) == "p0"
+    assert pick(0.0, 0.0, num_seqs=8) == "p0"
+    assert pick(1.0, 0.0, num_seqs=8) is None
+    assert pick(1.0, 0.0, num_seqs=80) == "p0"
     assert pick(1.0, 0.9) is None
     assert pick(1.0, 1.3) == "p0"
+
+
+def test_one_pool_prices_the_work_of_a_prompt_as_prefill_workers_do():
+    """The holder of 800 of 1,000 tokens is a second behind, in a pool of two that is full for a second."""
+
+    def pick(prompts_per_s: float) -> str:
+        table = view(worker("d0", queue_s=2.0), worker("d1", queue_s=1.0))
+        for number in range(round(60 * prompts_per_s)):
+            table.demand.on_decode.placed(0.9, number / prompts_per_s)
+        table.now, table.num_own = 60.0, 4
+        return choose(PrefixAware(), facts(), {"d0": 800}, table).decode
+
+    assert pick(0.1) == "d1"
+    assert pick(2.0) == "d0"
+
+
+def test_a_long_prompt_does_not_wait_for_long_where_few_sequences_run():
+    """A second of prefill, which 30 or 10 sequences stand still for."""
+
+    def pick(wait: float) -> str:
+        table = view(worker("d0", num_seqs=30), worker("d1", num_seqs=10, queue_s=wait))
+        table.demand.mean_output = 1.0
+        return choose(PrefixAware(), facts(), {}, table).decode
+
+    assert pick(2.0) == "d1"
+    assert pick(6.0) == "d0"
+
+
+def test_sequences_that_wait_for_their_prefill_stand_still_for_the_next_one_too():
+    def pick(num_waiting: int) -> str:
+        queued = worker("d1")
+        load = pb.Load(num_running=2, num_waiting=num_waiting, num_free_blocks=900, queue_us=1_000_000)
+        load.model.CopyFrom(model_to_pb(MODEL))
+        queued.report(load)
+        table = view(worker("d0", num_seqs=12), queued)
+        table.demand.mean_output = 1.0
+        return choose(PrefixAware(), facts(), {}, table).decode
+
+    assert pick(0) == "d1"
+    assert pick(10) == "d0"
 
 
 def test_a_transfer_hides_behind_prefill_and_the_queue_of_a_link_behind_that_for_prefill():
