@@ -122,7 +122,7 @@ class Engine:
     def submit(self, request: Request, *, decodes: bool = True) -> None:
         """Queue a request; with `decodes` False the caller detaches it at its first token. Raises InvalidRequest."""
         self.check(request)
-        self._scheduler.add(self._enter(request, decodes))
+        self._scheduler.add(self._enter(request, decodes=decodes))
 
     def resume(self, request: Request, block_ids: list[BlockId]) -> None:
         """Go on with a request whose KV is in `block_ids`, except that of its last token.
@@ -131,7 +131,7 @@ class Engine:
         """
         num_computed = len(request.token_ids) - 1
         assert len(block_ids) == -(-num_computed // self.kv.block_size), (num_computed, block_ids)
-        sequence = self._enter(request, decodes=True)
+        sequence = self._enter(request, decodes=True, resumed=True)
         sequence.block_ids = list(block_ids)
         sequence.num_computed_tokens = num_computed
         self._store(sequence, num_computed)
@@ -223,10 +223,11 @@ class Engine:
         late = (block for step in self._in_flight for block in step.released)
         self.kv.check_invariants(itertools.chain(held, late, others))
 
-    def _enter(self, request: Request, decodes: bool) -> Running:
+    def _enter(self, request: Request, *, decodes: bool, resumed: bool = False) -> Running:
         assert request.id not in self._sequences, request.id
         sequence = self._sequences[request.id] = Running(
             request,
+            self._scheduler.turns.take(request.tenant, 0 if resumed else len(request.token_ids)),
             next(self._arrivals),
             hash_seed=self._hash_seed(request),
             hashes=self.hashes(request),

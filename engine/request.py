@@ -110,5 +110,6 @@ class Request:
     params: SamplingParams
     seed: int  # 0 <= seed < 2**64
     priority: int = 0  # lower is earlier
+    tenant: str = ""  # who shares the workers fairly with others
     cache_salt: str = ""
     adapter: str = ""

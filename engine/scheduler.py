@@ -1,10 +1,11 @@
 """Which sequences compute how many tokens in the next step: in-flight batching with chunked prefill.
 
-Owned by the engine; pure: no clock, no randomness. Everything goes by (priority, arrival), lower first. Each step
-gives every decoding sequence its token, then spends the rest of the budget on prompts in order, then admits waiting
-ones in order: a prompt that does not fit yet is never bypassed. Admission takes all blocks the known tokens need, so
-only decoding can run short; then the last running sequence gives its blocks up and waits again in its old place. The
-first one is never preempted and fits alone, so it finishes, and then the next is first: nobody starves.
+Owned by the engine; pure: no clock, no randomness. Everything goes by (priority, turn, arrival), lower first: tenants
+whose prompts wait take turns (engine/turns.py). Each step gives every decoding sequence its token, then spends the rest
+of the budget on prompts in order, then admits waiting ones in order: a prompt that does not fit yet is never bypassed.
+Admission takes all blocks the known tokens need, so only decoding can run short; then the last running sequence gives
+its blocks up and waits again in its old place. The first one is never preempted and fits alone, so it finishes, and
+then the next is first: nobody starves.
 
 A step may be planned while another is in flight, whose sampled tokens are pending: counted, but not known. Blocks
 that a step in flight uses are not taken away, so nothing is preempted then: the plan says that it must wait.
@@ -21,6 +22,7 @@ from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import Request
 from engine.step_model import StepWork, num_pairs
+from engine.turns import Turns
 
 by_key = attrgetter("key")
 
@@ -37,7 +39,7 @@ class Schedulable(Protocol):
     @property
     def request(self) -> Request: ...
     @property
-    def key(self) -> tuple[int, int]: ...
+    def key(self) -> tuple[int, int, int]: ...
     @property
     def token_ids(self) -> Sequence[int]: ...
     @property
@@ -93,6 +95,7 @@ class Scheduler(Generic[S]):
     def __init__(self, config: SchedulerConfig, kv: KvCache) -> None:
         self._config = config
         self._kv = kv
+        self.turns = Turns()
         self.running: list[S] = []
         self.waiting: list[S] = []
         self.num_waiting_tokens = 0
@@ -200,6 +203,7 @@ class Scheduler(Generic[S]):
                 return
             self.remove(sequence)
             self.join(sequence)
+            self.turns.reached(sequence.key[1])
             plan.started.append(sequence)
             budget -= self._compute(sequence, budget, plan)
 

@@ -14,7 +14,8 @@ from engine.request import FinishReason, Request
 
 
 class Sequence:
-    """`hash_seed` starts the chain of block hashes; `max_len` is the longest sequence the worker can hold.
+    """`turn` is where it begins among the tenants' prompts, `arrival` its number. `hash_seed` starts the chain of block
+    hashes; `max_len` is the longest sequence the worker can hold.
 
     `decodes` False: it leaves the engine with its next token.
     """
@@ -45,6 +46,7 @@ class Sequence:
     def __init__(
         self,
         request: Request,
+        turn: int,
         arrival: int,
         *,
         hash_seed: int,
@@ -56,7 +58,7 @@ class Sequence:
         params = request.params
         self.request = request
         self.arrival = arrival
-        self.key = (request.priority, arrival)  # order of everything: lower first
+        self.key = (request.priority, turn, arrival)  # order of everything: lower first
         self.token_ids = list(request.token_ids)
         self.hash_seed = hash_seed
         self.hashes = hashes  # of full blocks, at least of those computed

@@ -72,6 +72,7 @@ def submit_to_pb(request: Request, handle: int, timeout_ms: int, offer: bytes = 
         params=params_to_pb(request.params),
         seed=request.seed,
         priority=request.priority,
+        tenant=request.tenant,
         cache_salt=request.cache_salt,
         adapter=request.adapter,
         timeout_ms=timeout_ms,
@@ -88,6 +89,7 @@ def request_from_pb(message: pb.Submit, request_id: RequestId) -> Request:
         params=params_from_pb(message.params),
         seed=message.seed,
         priority=message.priority,
+        tenant=message.tenant,
         cache_salt=message.cache_salt,
         adapter=message.adapter,
     )

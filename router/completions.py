@@ -148,6 +148,7 @@ class Planner:
                     params=each,
                     seed=choice_seed(seed, i),
                     priority=body.priority or 0,
+                    tenant=arrival.hints.tenant,
                     cache_salt=salt,
                 )
                 text = TextStream(self._tokenizer, each, prompt.token_ids, stops=stops)

@@ -51,13 +51,13 @@ class SimulatedEngine:
     def submit(self, request: SimulatedRequest, *, decodes: bool) -> SimulatedSequence:
         """Raises InvalidRequest."""
         self.check(request)
-        sequence = self._enter(request, decodes)
+        sequence = self._enter(request, decodes=decodes)
         self._scheduler.add(sequence)
         return sequence
 
     def resume(self, request: SimulatedRequest, block_ids: list[BlockId]) -> SimulatedSequence:
         """The KV of all but its last token is in `block_ids`, whose references become the engine's."""
-        sequence = self._enter(request, decodes=True)
+        sequence = self._enter(request, decodes=True, resumed=True)
         sequence.block_ids = list(block_ids)
         sequence.num_computed_tokens = sequence.num_tokens - 1
         self._store(sequence)
@@ -118,10 +118,11 @@ class SimulatedEngine:
         sequences = chain(self._scheduler.running, self._scheduler.waiting)
         self.kv.check_invariants(chain((block for each in sequences for block in each.block_ids), others))
 
-    def _enter(self, request: SimulatedRequest, decodes: bool) -> SimulatedSequence:
+    def _enter(self, request: SimulatedRequest, *, decodes: bool, resumed: bool = False) -> SimulatedSequence:
         num_tokens = len(request.token_ids)
+        turn = self._scheduler.turns.take(request.tenant, 0 if resumed else num_tokens)
         last = min(request.num_total_tokens, self.max_len) if decodes else num_tokens + 1
-        return SimulatedSequence(request, next(self._arrivals), num_tokens, last)
+        return SimulatedSequence(request, turn, next(self._arrivals), num_tokens, last)
 
     def _store(self, sequence: SimulatedSequence) -> None:
         kv = self.kv

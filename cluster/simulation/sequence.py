@@ -56,9 +56,11 @@ class SimulatedSequence:
     must_know_tokens = False
     wants_prompt_logprobs = False
 
-    def __init__(self, request: SimulatedRequest, arrival: int, num_tokens: int, max_planned_tokens: int) -> None:
+    def __init__(
+        self, request: SimulatedRequest, turn: int, arrival: int, num_tokens: int, max_planned_tokens: int
+    ) -> None:
         self.request = request
-        self.key = (request.priority, arrival)
+        self.key = (request.priority, turn, arrival)
         self.token_ids = range(num_tokens)
         self.hashes = list(request.hashes)
         self.block_ids: list[BlockId] = []

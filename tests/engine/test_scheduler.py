@@ -21,12 +21,15 @@ class Bench:
         self.scheduler = Scheduler(SchedulerConfig(**config), self.kv)
         self.num_added = 0
 
-    def add(self, name: str, num_tokens: int, *, priority: int = 0, first: int = 0, **params: Any) -> Sequence:
+    def add(
+        self, name: str, num_tokens: int, *, priority: int = 0, tenant: str = "", first: int = 0, **params: Any
+    ) -> Sequence:
         """Prompts of different `first` share nothing."""
         token_ids = tuple(range(first * 10_000, first * 10_000 + num_tokens))
         request = Request(RequestId(name), token_ids, num_tokens, SamplingParams(max_tokens=500, **params), 0, priority)
         hashes = block_hashes(token_ids, SIZE, 0)
-        sequence = Sequence(request, self.num_added, hash_seed=0, hashes=hashes, eos_token_ids=(), max_len=10_000)
+        turn = self.scheduler.turns.take(tenant, num_tokens)
+        sequence = Sequence(request, turn, self.num_added, hash_seed=0, hashes=hashes, eos_token_ids=(), max_len=10_000)
         self.num_added += 1
         self.scheduler.add(sequence)
         return sequence
@@ -220,3 +223,26 @@ def test_more_sequences_than_tokens_in_a_step_are_refused() -> None:
 def _ran(bench: Bench, sequence: Sequence) -> Sequence:
     bench.step()
     return sequence
+
+
+def test_tenants_whose_prompts_wait_take_turns_and_one_alone_is_served_in_order() -> None:
+    bench = Bench(max_batch_tokens=16, max_num_seqs=4)
+    for i in range(4):
+        bench.add(f"a{i}", 16, tenant="a", first=i)
+    order = [*bench.step()]
+    bench.add("b0", 16, tenant="b", first=4)
+    bench.add("c0", 16, tenant="c", first=5)
+    bench.add("b1", 16, tenant="b", first=6)
+    while bench.scheduler.waiting:
+        (running,) = bench.scheduler.running
+        bench.scheduler.remove(running)
+        order += bench.step()
+    assert order == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+
+
+def test_a_tenants_turn_does_not_come_before_a_higher_priority() -> None:
+    bench = Bench(max_batch_tokens=16, max_num_seqs=4)
+    bench.add("a0", 16, tenant="a", priority=1)
+    bench.add("a1", 16, tenant="a", first=1)
+    bench.add("b0", 16, tenant="b", priority=1, first=2)
+    assert [*bench.step()] == ["a1"]

@@ -60,6 +60,7 @@ class Cluster:
         *,
         seed: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
         timeout_s: float = TIMEOUT_S,
     ) -> GenerationStream:
         request = Request(
@@ -69,6 +70,7 @@ class Cluster:
             params=params,
             seed=seed,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         return self.dispatcher.start(request, time.monotonic() + timeout_s)
 

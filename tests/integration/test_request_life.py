@@ -262,3 +262,26 @@ async def test_a_prompt_beyond_a_workers_room_is_refused_with_the_code_clients_k
         with pytest.raises(InvalidRequest) as caught:
             await cluster.generate(prompt_of(128, 6), PARAMS)
         assert caught.value.code == "context_length_exceeded"
+
+
+async def test_a_tenant_who_fills_the_prefill_workers_queue_does_not_keep_others_waiting() -> None:
+    slow = replace(CONFIG, prefill_tokens_per_s=20_000, num_blocks=4096)  # 20 ms for each prompt, and room for all
+
+    async def first_token_at(stream: GenerationStream) -> float:
+        await anext(stream)  # type: ignore[call-overload]
+        at = time.monotonic()
+        await stream.aclose()
+        return at
+
+    async with running_cluster(lambda _role: SimulatedExecutor(slow, time.sleep), prefill_tokens=400) as cluster:
+        crowd = [
+            asyncio.create_task(first_token_at(cluster.start(prompt_of(400, seed), PARAMS, tenant="a")))
+            for seed in range(30)
+        ]
+        await crowd[2]
+        began = time.monotonic()
+        other = await first_token_at(cluster.start(prompt_of(400, 99), PARAMS, tenant="b"))
+        times = await asyncio.gather(*crowd)
+        assert sum(at > began for at in times) > 15, "a's queue is too short for the test"
+        assert sum(began < at < other for at in times) < 8
+        await cluster.quiesce()
