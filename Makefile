@@ -1,6 +1,6 @@
 # make demo [MODEL=path-or-hub-id] [PORT=8000]   one answer through a whole cluster on this machine, then serve
 # make test                                      format, lint, types, import contracts, tests
-# make bench [BENCH=name]                        the figures of the README
+# make bench [BENCH=name]                        the figures of the README, but for `routing`, which wants a trace
 # make clean
 #
 # The virtual environment is made once, and again when pyproject.toml or constraints.txt change.
@@ -9,7 +9,7 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
-BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
+BENCH ?= $(filter-out routing,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .PHONY: demo test bench protos clean
 

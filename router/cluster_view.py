@@ -7,10 +7,11 @@ needs it, for reports come far more often than decisions.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
-from engine.step_model import num_pairs
+from engine.step_model import StepModel, num_pairs
+from engine.wire import model_from_pb
 from protos import worker_pb2 as pb
 
 PREFILL = "prefill"
@@ -64,11 +65,16 @@ class WorkerState:
     ) -> None:
         self.worker_id = worker_id
         self.description = description
+        self.prefills = description.role == PREFILL
         self.load = pb.Load()
+        # Of the description, read for each row: a message's fields take their time.
+        self._block_size, self._num_blocks = description.block_size, description.num_blocks
+        self._max_num_seqs = description.max_num_seqs
         self._seq_limit = max(1, int(description.max_num_seqs * seqs_per_slot))
         self._pending: dict[int, _Pending] = {}
         self._closed = False
-        self.model: pb.StepModel | None = None  # how long its steps take; None: it has not run enough of them
+        self.model: StepModel | None = None  # how long its steps take; None: it has not run enough of them
+        self._said_model: pb.StepModel | None = None
         self._dirty = dirty
 
     @property
@@ -116,8 +122,10 @@ class WorkerState:
         """Heartbeats of one long step say the same again and count no request that came meanwhile."""
         new_turn = load.turn != self.load.turn
         self.load = load
-        if load.HasField("model") and _can_be(load.model):
-            self.model = load.model
+        if load.HasField("model") and load.model != self._said_model:
+            self._said_model = load.model
+            model = model_from_pb(load.model)
+            self.model = model if _can_be(model) else self.model
         self._dirty.add(self)
         if self._pending and new_turn:
             for handle, pending in list(self._pending.items()):
@@ -127,9 +135,9 @@ class WorkerState:
                         del self._pending[handle]
 
     def row(self) -> WorkerRow:
-        load, described, pending = self.load, self.description, self._pending.values()
+        load, pending = self.load, self._pending.values()
         # A decode worker's pulls will run there; a prefill worker's leases are over for its engine.
-        num_pulling = load.num_handoffs if described.role == DECODE else 0
+        num_pulling = 0 if self.prefills else load.num_handoffs
         num_running, num_free_blocks = load.num_running, load.num_free_blocks
         waiting_tokens = waiting_pairs = 0
         pull_tokens = load.num_pull_tokens
@@ -141,9 +149,9 @@ class WorkerState:
             num_free_blocks -= each.blocks
             pull_tokens += each.pull_tokens
         return WorkerRow(
-            described.block_size,
-            described.num_blocks,
-            described.max_num_seqs,
+            self._block_size,
+            self._num_blocks,
+            self._max_num_seqs,
             self._seq_limit,
             num_running + load.num_waiting + num_pulling + len(pending),
             num_running,
@@ -156,7 +164,7 @@ class WorkerState:
         )
 
 
-def _can_be(model: pb.StepModel) -> bool:
+def _can_be(model: StepModel) -> bool:
     """One coefficient that is no number would make every cost of the pool none."""
-    coefficients = (model.base_s, model.prefill_token_s, model.pair_s, model.decode_s, model.kv_token_s)
+    coefficients = astuple(model)
     return min(coefficients) >= 0.0 and math.isfinite(sum(coefficients))

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.step_model import StepModel
-from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, WorkerRow, WorkerState
 from router.demand import Demand
 
@@ -79,17 +78,14 @@ class Pool:
         self.step_s: Floats = columns[22]  # a decode step now
         self.transfer_token_s: Floats = columns[23]  # of its link, for each token of KV that comes
         self.pull_wait_s: Floats = columns[24]  # until what is on its way has come
-        for state in states:
-            self._write(state)
+        for position, state in enumerate(states):
+            self._write(state, position)
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def __contains__(self, state: object) -> bool:
-        return state in self._positions
-
     @property
-    def typical_model(self) -> StepModel | pb.StepModel:
+    def typical_model(self) -> StepModel:
         return (self._teacher and self._teacher.model) or REFERENCE
 
     def worker_id(self, position: int) -> str:
@@ -101,13 +97,18 @@ class Pool:
         return np.array([state.worker_id in wanted for state in self._states], np.bool_)
 
     def refresh(self, state: WorkerState) -> bool:
-        """False: others of the pool are taken for like this one, which has just learned its speed."""
-        if self._teacher is None and state.model is not None:
+        """False: the pool must be built anew, as this one has come or gone, or has just learned its speed and others
+        are taken for like it."""
+        position = self._positions.get(state)
+        if (position is not None) != state.usable:
             return False
-        self._write(state)
+        if position is not None:
+            if self._teacher is None and state.model is not None:
+                return False
+            self._write(state, position)
         return True
 
-    def _write(self, state: WorkerState) -> None:
+    def _write(self, state: WorkerState, position: int) -> None:
         row, model = state.row(), state.model or self.typical_model
         prefiller = model
         if not model.prefill_token_s:
@@ -121,7 +122,7 @@ class Pool:
         seq_tokens = used * row.block_size / max(1, row.num_seqs)
         # Noise in the model must not say that one more sequence is free, or one worker gets all.
         newcomer_s = max(model.decode_s, base_s / max(1, row.max_num_seqs))
-        self._columns[:, self._positions[state]] = (
+        self._columns[:, position] = (
             *row,
             base_s,
             token_s,
@@ -167,8 +168,7 @@ class WorkerTable:
             if self._changed:
                 break
             if state in self._slots:
-                pool = self.prefill if state.description.role == PREFILL else self.decode
-                self._changed = (state in pool) != state.usable or (state in pool and not pool.refresh(state))
+                self._changed = not (self.prefill if state.prefills else self.decode).refresh(state)
         if self._changed:
             self._rebuild()
         dirty.clear()

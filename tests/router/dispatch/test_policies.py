@@ -167,16 +167,16 @@ def test_a_newcomer_goes_where_it_delays_the_decoding_least():
 def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
     state = WorkerState("p0", pb.Description(role="prefill", block_size=16, num_blocks=100, max_num_seqs=4), 1.5, set())
 
-    def queue() -> tuple[pb.StepModel | None, float, int]:
+    def queue() -> tuple[StepModel | None, float, int]:
         return state.model, state.row().queue_s, state.row().num_waiting_tokens
 
     state.report(pb.Load(num_waiting_tokens=1000, turn=1))
     assert queue() == (None, 0.0, 1000)
     exact = StepModel(0.5, 0.25, 0.0, 0.125, 0.0)  # floats that the wire does not round
     state.report(pb.Load(num_waiting_tokens=1000, queue_us=3_000_000, model=model_to_pb(exact), turn=2))
-    assert queue() == (model_to_pb(exact), 3.0, 0)
+    assert queue() == (exact, 3.0, 0)
     state.reserve(1, Reservation(8))
-    assert queue() == (model_to_pb(exact), 3.0, 8)
+    assert queue() == (exact, 3.0, 8)
 
 
 @pytest.mark.parametrize("policy", [LeastLoaded(), PREFIX_AWARE])
