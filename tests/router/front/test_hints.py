@@ -11,6 +11,7 @@ async def test_headers_name_session_and_tenant(tokenizer: Tokenizer) -> None:
         await server.post("/v1/completions", {"prompt": "x"}, f"x-session-id: {'s' * 1000}")
     both, chat, long = [*{*server.generator.hints[:2]}], server.generator.hints[2], server.generator.hints[3]
     assert both == [RouteHints("s1", "t1")]
+    assert [stream.request.tenant for stream in server.generator.streams] == ["t1", "t1", "", ""]
     assert chat.session == "é".encode().decode("latin-1")
     assert (long.session, long.tenant) == ("s" * MAX_NAME_BYTES, "")
 
