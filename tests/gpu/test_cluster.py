@@ -65,6 +65,12 @@ async def complete(
     raise AssertionError("the stream ended without [DONE]")
 
 
+async def until_attached(client: httpx.AsyncClient, num_workers: int) -> None:
+    """A cluster is ready with its decode workers; its prefill workers may take a second more to be attached."""
+    while sum(worker["attached"] for worker in (await client.get("/status")).json()["workers"]) < num_workers:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+
 @pytest.mark.parametrize("transport", ["auto", "tcp"])
 async def test_tokens_over_http_equal_those_of_transformers(tmp_path: Path, transport: str) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "llama")
@@ -76,6 +82,7 @@ async def test_tokens_over_http_equal_those_of_transformers(tmp_path: Path, tran
         gpu_cluster(checkpoint, tmp_path / "run", **fields) as cluster,
         httpx.AsyncClient(base_url=cluster.url, timeout=60) as client,
     ):
+        await until_attached(client, 2)
         found = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
         metrics = (await client.get("/metrics")).text
     assert found == expected
