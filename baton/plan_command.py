@@ -68,11 +68,15 @@ def plan_command(
     need_writable("--json", json_file)
     from cluster.simulation.plan import Planner
     from cluster.simulation.setup import make_setup, policy_maker
+    from router.policies import price_of_answers
 
     loaded, requests, limits = load_spec(spec), read_trace(trace, max_requests), parse_slo(slo)
     if len(requests.requests) < 2:
         raise SpecError([f"--trace: {trace} holds one request, which has no rate; allowed: at least two"])
     profiles = _profiles(loaded, profile)
+    if loaded.router.answer_price is None:  # routers of a cluster with these limits would be told
+        price = price_of_answers(limits.ttft_s, limits.tpot_s)
+        loaded = loaded.model_copy(update={"router": loaded.router.model_copy(update={"answer_price": price})})
     policy = policy_maker(loaded, None)
 
     def setup(candidate: "Candidate") -> "Setup":

@@ -153,6 +153,13 @@ class RouterSpec(Section):
         description="the decode worker may prefill prompts with at most this many tokens to compute, where that is "
         "cheaper than a handoff; null: any number; 0: never",
     )
+    answer_price: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="what a second of an answer is worth beside one before its first token: more for smoother streams, "
+        "less for earlier first tokens; null: as slo says, where it sets both times, else 0.2",
+    )
     slo: SloSpec = Field(
         SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429 at once"
     )

@@ -26,10 +26,19 @@ HANDOFF_TOKENS = 64
 
 LINK_PRICE = 0.1  # of the time that a transfer takes from others
 
-# What a second of an answer, its own or another's, is worth beside one before a first token: as limits of 2 s to the
-# first token and 50 ms for each of 200 later ones say. At a price of 1, prompts would wait for seconds where few
-# sequences run rather than slow down many by less than anybody sees.
-ANSWER_PRICE = 0.2
+ANSWER_TOKENS = 200  # of an answer, where limits for its first token and for later ones are compared
+
+
+def price_of_answers(ttft_s: float, tpot_s: float) -> float:
+    """What a second of an answer, its own or another's, is worth beside one before a first token, as these limits say.
+
+    At a price of 1, prompts would wait for seconds where few sequences run rather than slow down many by less than
+    anybody sees.
+    """
+    return min(1.0, ttft_s / (tpot_s * ANSWER_TOKENS))
+
+
+ANSWER_PRICE = price_of_answers(ttft_s=2.0, tpot_s=0.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,7 @@ class PrefixAware:
     """
 
     local_prefill_max_tokens: int | None = None
+    answer_price: float = ANSWER_PRICE
     uses_hits: bool = True
 
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
@@ -148,7 +158,7 @@ class PrefixAware:
             able &= in_time
         if not able.any():
             return None
-        costs = np.where(able, routes.seconds + ANSWER_PRICE * decode.answers + decode.waits, np.inf)
+        costs = np.where(able, routes.seconds + self.answer_price * decode.answers + decode.waits, np.inf)
         best = cheapest(costs, table.turn)
         return routes.decision(best, hits, table, float(costs[best]))
 
@@ -179,7 +189,7 @@ class PrefixAware:
         if local.any():
             cost = prefill_cost(num_tokens, uncached_here, pool, _load(table.demand.on_decode, pool, table))
             # Every sequence that decodes here by then stands still meanwhile.
-            seconds = cost.first + cost.others + ANSWER_PRICE * cost.work * pool.num_seqs
+            seconds = cost.first + cost.others + self.answer_price * cost.work * pool.num_seqs
             seconds = np.where(local & (cost.first <= left), seconds, np.inf)
             routes.prefill_here(seconds, cost)
         return routes
