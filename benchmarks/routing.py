@@ -217,7 +217,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.trace is None or not args.trace.is_file():
-        parser.error(f"--trace: {args.trace or 'a trace of requests'} is needed, as Mooncake and Azure publish them")
+        missing = "give a trace of requests" if args.trace is None else f"there is no file {args.trace}"
+        parser.error(f"--trace: {missing}; Mooncake and Azure publish such traces")
     slo = Slo(args.ttft, args.tpot)
     case = Case(
         args.trace, BATON, args.seeds[0], args.rate_scale or 4.0, args.prefill, args.decode, args.kv_memory,

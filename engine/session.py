@@ -7,6 +7,7 @@ heartbeats that carry the latest load. A router that does not read, or says noth
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping
@@ -117,13 +118,13 @@ class SessionServer:
         """Until the router hangs up, or is silent too long. Its silence is counted in ticks: when this process itself
         stood still, that is one tick, not many."""
         while outbox.num_silent_ticks < MAX_SILENT_TICKS:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     return await stream.wait_over()
-            except TimeoutError:
-                outbox.num_silent_ticks += 1
-            # Frame 0 must be the engine's: it holds the snapshot.
-            if outbox.number and self._loop.time() - outbox.sent_at >= TICK_S:
+            if not outbox.number:
+                continue  # frame 0 must be the engine's, as it holds the snapshot; the router waits for it in silence
+            outbox.num_silent_ticks += 1
+            if self._loop.time() - outbox.sent_at >= TICK_S:
                 outbox.send(pb.Frame(load=self._current_load()))
         raise StreamLost("the router was silent")
 

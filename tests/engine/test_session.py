@@ -104,11 +104,27 @@ async def test_a_silent_router_loses_its_session_and_one_that_says_something_doe
         for stream in (silent, alive):
             stream.send(ATTACH)
             await worker.next()
+        worker.sessions.deliver({SessionId(0): pb.Frame(), SessionId(1): pb.Frame()})
         while not silent.over:
             alive.send(pb.Command())
             await asyncio.sleep(0.01)
         assert await worker.next() == Ended(SessionId(0))
         assert not alive.over
+
+
+async def test_a_router_that_waits_for_the_first_frame_of_a_long_step_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "TICK_S", 0.01)
+    monkeypatch.setattr(session, "MAX_SILENT_TICKS", 5)
+    async with running() as (worker, attach):
+        stream = await attach()
+        stream.send(ATTACH)
+        await worker.next()
+        await asyncio.wait({asyncio.create_task(stream.wait_over())}, timeout=0.3)
+        assert not stream.over
+        worker.sessions.deliver({SessionId(0): pb.Frame(description=pb.Description(worker_id="w"))})
+        assert (await stream.read()).description.worker_id == "w"
 
 
 @pytest.mark.parametrize("sent", ["", "wrong", "secret2"])
