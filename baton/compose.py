@@ -144,6 +144,7 @@ async def run_router(
         FrontConfig(
             max_body_bytes=spec.router.max_body_bytes,
             request_timeout_s=spec.router.request_timeout_s,
+            stream_interval=spec.router.stream_interval,
             api_keys=(api_key,) if api_key else (),
         ),
         status=dispatcher.status,

@@ -231,7 +231,12 @@ def make_spec(args: argparse.Namespace, model: str, run_dir: str) -> ClusterSpec
             "prefill": {"replicas": args.workers},
             "decode": {"replicas": args.workers},
             # Every request is handed off: two legs in the router, though idle decode workers would do without.
-            "router": {"port": 0, "workers": args.processes, "local_prefill_max_tokens": 0},
+            "router": {
+                "port": 0,
+                "workers": args.processes,
+                "local_prefill_max_tokens": 0,
+                "stream_interval": args.stream_interval,
+            },
         }
     )
 
@@ -337,6 +342,7 @@ async def main() -> None:
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--workers", type=int, default=1, help="workers of each role")
     parser.add_argument("--processes", type=int, default=1, help="router.workers; the router gets as many cores")
+    parser.add_argument("--stream-interval", type=int, default=1, help="router.stream_interval")
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a worker's step")
     parser.add_argument("--ids", action="store_true", help="send token ids in place of text")
     parser.add_argument("--whole", action="store_true", help="answers in one body, not streams")

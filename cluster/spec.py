@@ -167,6 +167,13 @@ class RouterSpec(Section):
     request_timeout_s: Seconds = Field(600, description="longest life of a request")
     api_key_file: FilePath | None = Field(None, description="file with the key clients must send; null: no key")
     max_body_bytes: Size = Field(32 << 20, description="longest request body")
+    stream_interval: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="tokens of a streamed answer in one event; the first goes at once. More make each cheaper for the "
+        "router",
+    )
 
 
 class TransferSpec(Section):

@@ -34,10 +34,15 @@ class Job:
 
 
 class Answerer:
-    def __init__(self, generator: Generator, metrics: Metrics, clock: Callable[[], float]) -> None:
+    """`stream_interval`: tokens of a choice that a streamed answer shows at once, after the first."""
+
+    def __init__(
+        self, generator: Generator, metrics: Metrics, clock: Callable[[], float], *, stream_interval: int = 1
+    ) -> None:
         self._generator = generator
         self._metrics = metrics
         self._clock = clock
+        self._stream_interval = stream_interval
 
     async def answer(self, exchange: Exchange, job: Job) -> None:
         """Raises what the generator raises, and ClientGone. Every generation is closed on return."""
@@ -49,7 +54,7 @@ class Answerer:
                 raise DeadlineExceeded from None
 
     async def _events(self, exchange: Exchange, job: Job) -> None:
-        with _Events(self._metrics, self._clock, job, exchange) as reader:
+        with _Events(self._metrics, self._clock, job, exchange, self._stream_interval) as reader:
             await run_choices(self._generator, job.choices, job.deadline, reader)
         extra = self._extra(job, with_usage=job.envelope.include_usage)
         last = job.format.last_event(b"," + msgspec.json.encode(extra)[1:-1]) if extra else b""
@@ -108,10 +113,13 @@ class _Watch:
 class _Events(_Watch):
     """The reader of a streamed answer."""
 
-    __slots__ = ("_exchange", "_format", "_tail", "take_text")
+    __slots__ = ("_exchange", "_format", "_tail", "interval", "take_text")
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job, exchange: Exchange) -> None:
+    def __init__(
+        self, metrics: Metrics, clock: Callable[[], float], job: Job, exchange: Exchange, interval: int
+    ) -> None:
         super().__init__(metrics, clock, job)
+        self.interval = interval
         self._exchange = exchange
         self._format = job.format
         self._tail: bytes | None = b',"usage":null' if job.envelope.include_usage else b""
@@ -140,6 +148,7 @@ class _Events(_Watch):
 class _Collected(_Watch):
     """The reader of an answer in one body: there is always room."""
 
+    interval = 1
     take_text = None
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job) -> None:

@@ -46,7 +46,9 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reader(Protocol):
-    """Who wants the pieces."""
+    """Who wants the pieces, of `interval` tokens or more each, but for the first and the last of a choice."""
+
+    interval: int
 
     @property
     def take_text(self) -> Callable[[Choice, str], bool] | None:
@@ -96,7 +98,7 @@ class _Run:
         alone = self._take_text is not None and not choice.text.looks_for_stops
         take_token = self._take_token if alone else None
         while choice.finish_reason is None:
-            await stream.forward(self._take, take_token)
+            await stream.forward(self._take, take_token, interval=self._reader.interval)
             if choice.finish_reason is not None:
                 break
             if self._has_room:

@@ -69,12 +69,19 @@ class GenerationStream(Protocol):
     timeline: Timeline
     prompt_logprobs: list[TokenLogprobs] | None
 
-    async def forward(self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None = None) -> None:
+    async def forward(
+        self,
+        take: Callable[[Delta], bool],
+        take_token: Callable[[int], bool] | None = None,
+        *,
+        interval: int = 1,
+    ) -> None:
         """Call `take` with each delta where it arrives, until it wants no more (False) or the stream has ended.
 
         `take_token`, where given, may be called in place of `take` with a token that is a delta by itself, and not the
-        first. Neither may block; what is not taken now comes together in the next call's first delta. Raises what
-        they raise, and InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded.
+        first. After the first token, `interval` of them are awaited for a delta. Neither call may block; what is not
+        taken now comes together in the next call's first delta. Raises what they raise, and InvalidRequest,
+        DeadlineExceeded, GenerationFailed or Overloaded.
         """
         ...
 

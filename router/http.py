@@ -49,6 +49,7 @@ class FrontConfig:
     request_timeout_s: float = 600.0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     tokenizer_threads: int = 2
+    stream_interval: int = 1  # tokens of a choice in one event, after the first
     show_timeline: bool = True  # to clients that ask; it names workers
 
 
@@ -81,7 +82,7 @@ class Front:
         self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
         self._encoder = PromptEncoder(tokenizer, card, self._threads)
         self._planner = Planner(card, tokenizer, self._encoder, draw_bits)
-        self._answerer = Answerer(generator, metrics, clock)
+        self._answerer = Answerer(generator, metrics, clock, stream_interval=config.stream_interval)
         self._key_digests: tuple[bytes, ...] = ()
         self.set_api_keys(config.api_keys)
         self._routes: dict[str, tuple[str, Handler]] = {

@@ -2,7 +2,7 @@
 
 The current attempt writes (`accept`, `fail`), the HTTP front takes deltas where they arrive (`forward`) or iterates.
 Everything that arrived between two takes comes out as one delta, so a slow client costs memory bounded by max_tokens
-and no work per token.
+and no work per token. A consumer may also ask for several tokens at once.
 Invariant: `token_ids[i]` is output token i, and what was accepted never changes.
 """
 
@@ -29,11 +29,12 @@ class TokenStream:
         "_ended",
         "_error",
         "_finish_reason",
+        "_interval",
         "_logprobs",
         "_max_tokens",
+        "_num_taken",
         "_on_close",
         "_take_token",
-        "_unread",
         "_waiter",
         "decisions",
         "prompt_logprobs",
@@ -48,14 +49,15 @@ class TokenStream:
         self.decisions: list[RoutingDecision] = []
         self._max_tokens = max_tokens
         self._clock = clock
-        self._unread: list[int] = _NOTHING  # tokens not consumed yet
-        self._logprobs: list[TokenLogprobs] = _NOTHING  # of those
+        self._num_taken = 0  # tokens that the consumer has
+        self._logprobs: list[TokenLogprobs] = _NOTHING  # of the others
         self._early: dict[int, _Piece] | None = None  # the decode worker's first may overtake the prefill worker's
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
         self._ended = False  # nothing follows what is buffered
         self._waiter: asyncio.Future[bool] | None = None
-        self._consumer: Callable[[Delta], bool] | None = None  # while there is a waiter, and then nothing is unread
+        self._consumer: Callable[[Delta], bool] | None = None  # while there is a waiter
+        self._interval = 1  # likewise, else 1: tokens that the consumer takes at once
         self._take_token: Callable[[int], bool] | None = None  # likewise, and where the consumer has one
         self._on_close: Callable[[], None] | None = None
 
@@ -91,17 +93,17 @@ class TokenStream:
 
     def accept_token(self, index: int, token_id: int) -> bool:
         """`accept` of one token and nothing else, the short way for nearly all tokens of a stream."""
-        token_ids, take_token, waiter = self.token_ids, self._take_token, self._waiter
-        if (
-            take_token is None
-            or waiter is None
-            or waiter.done()
-            or not token_ids
-            or index != len(token_ids)
-            or self._early is not None
-        ):
+        token_ids = self.token_ids
+        if not index or index != len(token_ids) or self._early is not None or self._ended:
+            return self.accept(index, [token_id], [], None)
+        if index + 1 - self._num_taken < self._interval:
+            token_ids.append(token_id)
+            return False
+        take_token, waiter = self._take_token, self._waiter
+        if take_token is None or waiter is None or waiter.done():
             return self.accept(index, [token_id], [], None)
         token_ids.append(token_id)
+        self._num_taken = index + 1
         try:
             more = take_token(token_id)
         except Exception as error:  # the consumer's, not of the worker whose frame this is
@@ -132,7 +134,13 @@ class TokenStream:
             self._error, self._ended = error, True
             self._wake()
 
-    async def forward(self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None = None) -> None:
+    async def forward(
+        self,
+        take: Callable[[Delta], bool],
+        take_token: Callable[[int], bool] | None = None,
+        *,
+        interval: int = 1,
+    ) -> None:
         """See GenerationStream.forward."""
         more = True
         while more:
@@ -144,7 +152,7 @@ class TokenStream:
             elif self._ended:
                 return
             else:
-                more = await self._wait(take, take_token)
+                more = await self._wait(take, take_token, interval)
 
     def __aiter__(self) -> "TokenStream":
         return self
@@ -166,7 +174,7 @@ class TokenStream:
             self._on_close()
         if self.token_ids and self.timeline.last_token is None:
             self.timeline.last_token = self._clock()
-        self._unread = self._logprobs = _NOTHING
+        self._num_taken, self._logprobs = len(self.token_ids), _NOTHING
         self._finish_reason, self._error, self._ended = None, None, True
         self._wake()
 
@@ -177,10 +185,6 @@ class TokenStream:
             if not self.token_ids:
                 self.timeline.first_token = self._clock()
             self.token_ids += token_ids
-            if self._unread:
-                self._unread += token_ids
-            else:
-                self._unread = token_ids
             if self._logprobs:
                 self._logprobs += logprobs
             elif logprobs:
@@ -190,26 +194,32 @@ class TokenStream:
             self._finish_reason, self._ended = reason, True
 
     def _take(self) -> Delta | None:
-        token_ids, reason = self._unread, self._finish_reason
-        if not token_ids and reason is None:
+        reason, num_known = self._finish_reason, len(self.token_ids)
+        if self._num_taken == num_known and reason is None:
             return None
-        delta = Delta(token_ids, self._logprobs, reason)
-        self._unread = self._logprobs = _NOTHING
+        delta = Delta(self.token_ids[self._num_taken :], self._logprobs, reason)
+        self._num_taken, self._logprobs = num_known, _NOTHING
         self._finish_reason = None
         return delta
 
-    async def _wait(self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None) -> bool:
+    async def _wait(
+        self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None, interval: int
+    ) -> bool:
         """Until the consumer, called from where tokens arrive, wants no more (then False), or the stream ended."""
-        self._consumer, self._take_token = take, take_token
+        self._consumer, self._interval = take, interval
+        self._take_token = take_token if interval == 1 else None
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             return await self._waiter
         finally:
             self._consumer = self._take_token = self._waiter = None
+            self._interval = 1
 
     def _wake(self) -> None:
         waiter, consumer, more = self._waiter, self._consumer, True
         if waiter is None or waiter.done():
+            return
+        if self._num_taken and len(self.token_ids) - self._num_taken < self._interval and not self._ended:
             return
         delta = self._take()
         if delta is not None and consumer is not None:

@@ -210,3 +210,83 @@ async def test_a_consumer_that_fails_at_a_lone_token_does_not_fail_the_worker():
         assert not under_test.accept_token(index, index)
     with pytest.raises(ValueError, match="broken"):
         await forwarding
+
+
+@pytest.mark.parametrize("room", [1, 2, 1000])
+async def test_a_consumer_may_take_several_tokens_at_once_after_the_first(room):
+    under_test, taker = stream(), Taker(room)
+    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.take_token, interval=3))
+    await asyncio.sleep(0)
+    for index in range(6):
+        assert not under_test.accept_token(index, index)
+    under_test.accept(6, [6, 7], [], None)
+    under_test.accept(8, [8], [], FinishReason.STOP)
+    await forwarding
+    if room < 1000:
+        await under_test.forward(taker.take, taker.take_token, interval=3)
+    whole = [[0], [1, 2, 3], [4, 5, 6, 7], [8]]
+    assert taker.taken == {1: [[0], list(range(1, 9))], 2: [[0], [1, 2, 3], [4, 5, 6, 7, 8]], 1000: whole}[room]
+
+
+async def test_tokens_that_wait_for_others_come_before_the_error():
+    under_test, taker = stream(), Taker()
+    forwarding = asyncio.create_task(under_test.forward(taker.take, interval=4))
+    await asyncio.sleep(0)
+    for index in range(3):
+        under_test.accept_token(index, index)
+    under_test.fail(ValueError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        await forwarding
+    assert taker.taken == [[0], [1, 2]]
+
+
+async def test_nothing_waits_for_a_consumer_that_wants_every_token_again():
+    under_test, taker = stream(), Taker()
+    forwarding = asyncio.create_task(under_test.forward(taker.take, interval=4))
+    await asyncio.sleep(0)
+    for index in range(2):
+        under_test.accept_token(index, index)
+    forwarding.cancel()
+    await asyncio.wait({forwarding})
+    again = asyncio.create_task(under_test.forward(taker.take, taker.take_token))
+    await asyncio.sleep(0)
+    under_test.accept_token(2, 2)
+    assert taker.taken == [[0], [1], 2]
+    again.cancel()
+
+
+def test_every_token_comes_once_and_in_order_whatever_the_interval_and_the_arrivals():
+    async def one(rng: random.Random) -> None:
+        num, interval = rng.randrange(1, 40), rng.randrange(1, 6)
+        under_test, taken = stream(100), []
+
+        def take(delta) -> bool:
+            taken.extend(delta.token_ids)
+            return rng.random() < 0.8
+
+        def take_token(token_id: int) -> bool:
+            assert interval == 1
+            taken.append(token_id)
+            return rng.random() < 0.8
+
+        async def consume() -> None:
+            while len(taken) < num:
+                await under_test.forward(take, take_token, interval=interval)
+
+        consumer = asyncio.create_task(consume())
+        while not under_test._ended:
+            if rng.random() < 0.3:
+                await asyncio.sleep(0)
+            index = min(num - 1, max(0, len(under_test.token_ids) + rng.choice((-1, 0, 0, 0, 0, 1))))
+            count = rng.choice((1, 1, 1, 2))
+            if index + count >= num:
+                under_test.accept(index, list(range(index, num)), [], FinishReason.LENGTH)
+            elif count == 1:
+                under_test.accept_token(index, index)
+            else:
+                under_test.accept(index, [index, index + 1], [], None)
+        await asyncio.wait_for(consumer, 5)
+        assert taken == list(range(num))
+
+    for seed in range(300):
+        asyncio.run(one(random.Random(seed)))

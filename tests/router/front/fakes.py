@@ -35,8 +35,21 @@ class FakeStream:
         self._steps = steps
         self._deltas = self._play()
 
-    async def forward(self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None = None) -> None:
+    async def forward(
+        self,
+        take: Callable[[Delta], bool],
+        take_token: Callable[[int], bool] | None = None,
+        *,
+        interval: int = 1,
+    ) -> None:
+        held = None
         async for delta in self._deltas:
+            if held is not None:
+                delta = Delta(held.token_ids + delta.token_ids, held.logprobs + delta.logprobs, delta.finish_reason)
+            held = delta
+            if self.num_yielded > 1 and len(delta.token_ids) < interval and delta.finish_reason is None:
+                continue
+            held = None
             alone = self.num_yielded > 1 and len(delta.token_ids) == 1 and not delta.logprobs
             if take_token is not None and alone and delta.finish_reason is None:  # as the dispatcher's streams do
                 more = take_token(delta.token_ids[0])

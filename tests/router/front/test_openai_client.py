@@ -50,6 +50,33 @@ async def test_a_completion_streams_the_same_text(tokenizer: Tokenizer) -> None:
     assert all("\ufffd" not in chunk.choices[0].text for chunk in chunks)
 
 
+@pytest.mark.parametrize("interval", [2, 3, 100])
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("stop", [None, "o th"])
+async def test_events_of_several_tokens_tell_the_same(
+    tokenizer: Tokenizer, interval: int, chat: bool, stop: str | None
+) -> None:
+    async def told(interval: int) -> tuple[str, str, int, list[int]]:
+        config = FrontConfig(stream_interval=interval)
+        async with running(tokenizer, saying(tokenizer, text), config=config) as server, client_of(server) as client:
+            options = {"model": MODEL, "stream": True, "stop": stop, "stream_options": {"include_usage": True}}
+            if chat:
+                messages = [{"role": "user", "content": "hi"}]
+                chunks = [chunk async for chunk in await client.chat.completions.create(messages=messages, **options)]
+                texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
+            else:
+                chunks = [chunk async for chunk in await client.completions.create(prompt="hello", **options)]
+                texts = [choice.text for chunk in chunks for choice in chunk.choices if choice.text]
+        reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+        return "".join(texts), reasons[0], chunks[-1].usage.completion_tokens, [len(text) for text in texts]
+
+    text = "one two three four five six seven"
+    every, together = await told(1), await told(interval)
+    assert together[:3] == every[:3]
+    assert together[3][0] == every[3][0], "the first token does not wait"
+    assert len(together[3]) < len(every[3])
+
+
 async def test_a_chat_streams_role_then_text_then_reason_then_usage(tokenizer: Tokenizer) -> None:
     async with running(tokenizer, saying(tokenizer, TEXT)) as server, client_of(server) as client:
         stream = await client.chat.completions.create(
