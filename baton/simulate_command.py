@@ -225,7 +225,8 @@ def report_table(report: "Report") -> Table:
         "KV moved", f"{report.transferred_bytes / 1e9:.0f} GB; {report.local_prefills} prompts prefilled in place"
     )
     for role, pool in report.pools.items():
-        table.add_row(f"{role} workers", f"{pool.workers}, busy {pool.busy_share:.1%} of the time, {pool.steps} steps")
+        work = f"{pool.workers}, busy {pool.busy_share:.1%} of the time, {pool.steps} steps"
+        table.add_row(f"{role} workers", f"{work}\nKV of {pool.kv_tokens:,} tokens each")
     if report.rejects:
         table.add_row("refused", "; ".join(f"{count}: {reason}" for reason, count in report.rejects.items()))
     table.add_row("decision p50 / p90 / p99", _line(report.decision_us, 1.0, "{:.0f}", "us, on this machine"))

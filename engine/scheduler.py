@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
+
 from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import Request
@@ -80,8 +82,7 @@ class Plan(Generic[S]):
     must_wait: bool = False  # for the steps in flight, then plan again; there is no work
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
+class EngineLoad(msgspec.Struct, frozen=True, gc=False):
     num_running: int
     num_waiting: int
     num_free_blocks: int  # free or evictable
@@ -126,8 +127,8 @@ class Scheduler(Generic[S]):
             self._count(sequence, -1)
 
     def load(self) -> EngineLoad:
-        lacking = [(each.num_tokens - each.num_computed_tokens, each.num_computed_tokens) for each in self.running]
-        lacking = [(num_tokens, past) for num_tokens, past in lacking if num_tokens > 1]
+        prefilling = [each for each in self.running if each.num_tokens - each.num_computed_tokens > 1]
+        lacking = [(each.num_tokens - each.num_computed_tokens, each.num_computed_tokens) for each in prefilling]
         num_tokens = sum(num_tokens for num_tokens, _ in lacking)
         return EngineLoad(
             num_running=len(self.running),

@@ -6,6 +6,8 @@ Pure: no clock. A worker calibrates its model while it runs and reports it; the 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 # Weights of past steps halve every 700 steps: seconds to a minute of work, so that the fit follows a changed load.
 FORGETTING = 0.999
 MIN_STEPS = 8  # before a fit is worth saying
@@ -17,8 +19,7 @@ _UNITS = (1.0, 1e3, 1e6, 1e2, 1e5)
 _NUM = len(_UNITS)
 
 
-@dataclass(frozen=True, slots=True)
-class StepWork:
+class StepWork(msgspec.Struct, frozen=True, gc=False):
     """What one step computes, or what is left to compute."""
 
     prefill_tokens: int = 0

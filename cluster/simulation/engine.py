@@ -4,8 +4,9 @@ As engine.engine.Engine with one step in flight. Steps that only decode are adva
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import chain, count
+
+import msgspec
 
 from cluster.simulation.sequence import SimulatedRequest, SimulatedSequence
 from engine.errors import InvalidRequest
@@ -133,4 +134,4 @@ def step_work(step: Step, num_steps: int) -> StepWork:
     """Of one of these steps, as they are in the mean."""
     work = chunks_work((sequence.num_computed_tokens, num_tokens) for sequence, num_tokens in step.work)
     grown = work.decodes * (num_steps - 1) // 2  # tokens of KV, by the middle one
-    return replace(work, kv_tokens=work.kv_tokens + grown) if grown else work
+    return msgspec.structs.replace(work, kv_tokens=work.kv_tokens + grown) if grown else work

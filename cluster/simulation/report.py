@@ -34,6 +34,7 @@ class Percentiles:
 class PoolReport:
     workers: int
     gpus: int
+    kv_tokens: int  # that each has room for
     busy_share: float  # of the time until the last request was over
     steps: int
 
@@ -121,6 +122,7 @@ def _pools(result: Result) -> dict[str, PoolReport]:
         pool.role: PoolReport(
             pool.num_workers,
             pool.num_workers * pool.gpus,
+            pool.num_blocks * pool.block_size,
             result.busy_s[pool.role] / (pool.num_workers * result.seconds) if result.seconds else 0.0,
             result.num_steps[pool.role],
         )

@@ -19,8 +19,6 @@ from router.policies import RoutingPolicy
 # figures as blocks of 16 (docs/simulation.md).
 MIN_BLOCK_SIZE = 128
 
-SIMULATED_BLOCK_BYTES = 4096  # of a worker with engine: simulated, whatever its block size
-
 BASELINES: Mapping[str, Callable[[], RoutingPolicy]] = {
     "prefix_only": PrefixOnly,
     "sglang": CacheAware,
@@ -89,8 +87,6 @@ def make_pool(spec: ClusterSpec, role: Role, profile: StepProfile, block_size: i
 def _kv_tokens(pool: PoolSettings, kv_bytes_per_token: int) -> int:
     if pool.num_blocks is not None:
         return pool.num_blocks * pool.block_size
-    if pool.engine == "simulated" and pool.kv_memory is not None:
-        return pool.kv_memory // SIMULATED_BLOCK_BYTES * pool.block_size
     if pool.kv_memory is None:
         raise SpecError(
             [

@@ -1,8 +1,11 @@
-"""Who holds which block of a worker's KV pool: reference counts and the free list. Every operation is O(1) a block.
+"""Who holds which block of a worker's KV pool: reference counts and the free list. Every operation is O(1) a block, and
+takes many at once: a prompt has hundreds.
 
 A block is free (on the list here), referenced (count above 0) or, between the two, handed back by `release` to its
 caller, the prefix cache, which keeps it idle or frees it.
 """
+
+from collections.abc import Iterable, Sequence
 
 from engine.kv.layout import BlockId
 
@@ -13,24 +16,27 @@ class BlockPool:
         self.references = [0] * num_blocks
         self.free = [BlockId(block) for block in reversed(range(num_blocks))]  # a stack: a warm block is used first
 
-    def take(self) -> BlockId:
-        """A free block, referenced once. The caller knows there is one."""
-        block = self.free.pop()
-        self.references[block] = 1
-        return block
+    def take(self, count: int) -> list[BlockId]:
+        """Free blocks, referenced once each. The caller knows there are as many."""
+        free, references = self.free, self.references
+        taken = free[: -count - 1 : -1]
+        del free[len(free) - count :]
+        for block in taken:
+            references[block] = 1
+        return taken
 
-    def put(self, block: BlockId) -> None:
-        assert self.references[block] == 0, (block, self.references[block])
-        self.free.append(block)
+    def put(self, block_ids: Sequence[BlockId]) -> None:
+        references = self.references
+        for block in block_ids:
+            assert references[block] == 0, (block, references[block])
+        self.free += block_ids
 
-    def retain(self, block: BlockId) -> bool:
-        """One reference more. True when it is the first."""
-        self.references[block] += 1
-        return self.references[block] == 1
-
-    def release(self, block: BlockId) -> bool:
-        """One reference less. True when it was the last."""
-        left = self.references[block] - 1
-        assert left >= 0, f"block {block} is released more often than it was retained"
-        self.references[block] = left
-        return left == 0
+    def retain(self, block_ids: Iterable[BlockId]) -> list[BlockId]:
+        """One reference more to each. Returns those for which it is the first."""
+        references, first = self.references, []
+        for block in block_ids:
+            count = references[block]
+            references[block] = count + 1
+            if not count:
+                first.append(block)
+        return first

@@ -57,31 +57,41 @@ class KvCache:
         if num_blocks > self.num_free:
             return None
         pool = self._pool
-        for _ in range(num_blocks - len(pool.free)):
-            pool.put(self._cache.evict())
-        return [pool.take() for _ in range(num_blocks)]
+        num_lacking = num_blocks - len(pool.free)
+        if num_lacking > 0:
+            pool.put(self._cache.evict(num_lacking))
+        return pool.take(num_blocks)
 
     def retain(self, block_ids: Sequence[BlockId]) -> None:
         """One more reference to each of some blocks that are referenced or cached."""
         entries, idle = self._cache.entries, self._cache.idle
-        for block in block_ids:
-            here: BlockId | None = block
-            while here is not None and self._pool.retain(here):
-                assert here in idle, f"block {here} is free and cannot be retained"
-                del idle[here]
-                here = entries[here].parent  # a referenced child holds its parent
+        first = self._pool.retain(block_ids)
+        while first:
+            parents = []
+            for block in first:
+                assert block in idle, f"block {block} is free and cannot be retained"
+                del idle[block]
+                parent = entries[block].parent
+                if parent is not None:
+                    parents.append(parent)
+            first = self._pool.retain(parents)  # a referenced child holds its parent
 
     def release(self, block_ids: Sequence[BlockId]) -> None:
         """One reference less to each. A cached block without any is idle, behind its children in order of eviction."""
-        entries = self._cache.entries
+        entries, idle, references, free = self._cache.entries, self._cache.idle, self._pool.references, self._pool.free
         for block in block_ids:
             here: BlockId | None = block
-            while here is not None and self._pool.release(here):
+            while here is not None:
+                left = references[here] - 1
+                assert left >= 0, f"block {here} is released more often than it was retained"
+                references[here] = left
+                if left:
+                    break
                 entry = entries.get(here)
                 if entry is None:
-                    self._pool.put(here)
+                    free.append(here)
                     break
-                self._cache.idle[here] = None
+                idle[here] = None
                 here = entry.parent
 
     def store(
@@ -107,8 +117,7 @@ class KvCache:
         held = [entry.parent for block, entry in self._cache.entries.items() if self._pool.references[block]]
         idle = list(self._cache.idle)
         self._cache.clear()
-        for block in idle:
-            self._pool.put(block)
+        self._pool.put(idle)
         self.release([parent for parent in held if parent is not None])
 
     def drain_events(self) -> list[KvEvent]:

@@ -5,11 +5,11 @@ log coalesces, and when nobody reads it, it shrinks to one event that says every
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class KvEvent:
+class KvEvent(msgspec.Struct, frozen=True, gc=False):
     """Chained block hashes that stopped, then that began to be matchable."""
 
     removed: tuple[int, ...] = ()
@@ -37,11 +37,11 @@ class KvEventLog:
         self._stored += block_hashes
         self._count(len(block_hashes))
 
-    def removed(self, block_hash: int) -> None:
+    def removed(self, block_hashes: Sequence[int]) -> None:
         if self._stored:
             self._close()
-        self._removed.append(block_hash)
-        self._count(1)
+        self._removed += block_hashes
+        self._count(len(block_hashes))
 
     def cleared(self) -> None:
         self._closed = [KvEvent(cleared=True)]

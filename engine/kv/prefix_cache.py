@@ -9,7 +9,9 @@ longest is a leaf, and evicting in that order keeps "block i cached implies bloc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
+
+import msgspec
 
 from engine.kv.block_hash import TOKEN_BYTES, token_bytes
 from engine.kv.events import KvEventLog
@@ -19,7 +21,7 @@ from engine.kv.layout import BlockId
 Contents = Callable[[Sequence[int], int, int], Sequence[bytes]]
 
 
-class CachedBlock(NamedTuple):  # made twice as fast as a frozen dataclass, for each block that is cached
+class CachedBlock(msgspec.Struct, frozen=True, gc=False):
     block_hash: int
     content: bytes
     parent: BlockId | None  # None: the first block of its chain
@@ -76,30 +78,35 @@ class PrefixCache:
         parents: list[BlockId] = []
         twins: list[tuple[int, BlockId]] = []
         stored: list[int] = []
+        by_hash, entries = self.by_hash, self.entries
         for i, content in enumerate(self._contents(token_ids, first, num_blocks), first):
-            if hashes[i] in self.by_hash:
-                parent = self._find(hashes[i], content, parent)
+            block_hash, block = hashes[i], block_ids[i]
+            if by_hash.setdefault(block_hash, block) != block:
+                parent = self._find(block_hash, content, parent)
                 if parent is None:  # a collision: what follows cannot be reached
                     break
                 twins.append((i, parent))
                 continue
-            block = block_ids[i]
-            self.by_hash[hashes[i]] = block
-            self.entries[block] = CachedBlock(hashes[i], content, parent)
-            stored.append(hashes[i])
+            entries[block] = CachedBlock(block_hash, content, parent)
+            stored.append(block_hash)
             if parent is not None:
                 parents.append(parent)
             parent = block
         self.events.stored(stored)
         return parents, twins
 
-    def evict(self) -> BlockId:
-        """Forget the block idle for longest. The caller knows there is one."""
-        block, _ = self.idle.popitem(last=False)
-        entry = self.entries.pop(block)
-        del self.by_hash[entry.block_hash]
-        self.events.removed(entry.block_hash)
-        return block
+    def evict(self, num_blocks: int) -> list[BlockId]:
+        """Forget the blocks idle for longest. The caller knows there are as many."""
+        by_hash, entries, idle = self.by_hash, self.entries, self.idle
+        evicted = list(islice(idle, num_blocks))
+        removed = []
+        for block in evicted:
+            del idle[block]
+            block_hash = entries.pop(block).block_hash
+            del by_hash[block_hash]
+            removed.append(block_hash)
+        self.events.removed(removed)
+        return evicted
 
     def clear(self) -> None:
         self.by_hash.clear()
