@@ -13,9 +13,11 @@ import msgspec
 
 from router.choices import Choice, Piece, run_choices
 from router.exchange import Exchange
-from router.generation import DeadlineExceeded, Generator
-from router.metrics import Metrics
+from router.generation import DeadlineExceeded, Generator, LoneTokens
+from router.metrics import Histogram, Metrics
 from router.responses import DONE, Envelope, Format, timeline_body, usage
+
+_encode = msgspec.json.Encoder().encode
 
 GRACE_S = 5.0  # the generator keeps the deadline itself; this bounds it when it does not, and slow clients
 
@@ -107,13 +109,13 @@ class _Watch:
         choice.piece_at = now
         if piece.finish_reason is not None and choice.stream is not None:
             num_prompt = choice.request.num_prompt_tokens
-            self._metrics.finish(choice.stream.timeline, num_prompt, choice.text.num_tokens, piece.finish_reason, now)
+            self._metrics.finish(choice.stream.timeline, num_prompt, choice.num_tokens, piece.finish_reason, now)
 
 
 class _Events(_Watch):
     """The reader of a streamed answer."""
 
-    __slots__ = ("_exchange", "_format", "_tail", "interval", "take_text")
+    __slots__ = ("_exchange", "_format", "_tail", "interval")
 
     def __init__(
         self, metrics: Metrics, clock: Callable[[], float], job: Job, exchange: Exchange, interval: int
@@ -125,31 +127,56 @@ class _Events(_Watch):
         self._tail: bytes | None = b',"usage":null' if job.envelope.include_usage else b""
         if job.envelope.continuous_usage:
             self._tail = None
-        self.take_text = self._take_text if self._tail is not None and not job.format.extras else None
 
     def take(self, piece: Piece) -> bool:
         self._observe(piece)
         tail = self._tail
         if tail is None:
-            tail = b',"usage":' + msgspec.json.encode(usage(self._job.choices, self._job.num_hidden))
+            tail = b',"usage":' + _encode(usage(self._job.choices, self._job.num_hidden))
         return self._exchange.write_events(self._format.event(piece, tail))
 
-    def _take_text(self, choice: Choice, text: str) -> bool:
-        now = self._clock()
-        self._metrics.inter_token.observe(now - choice.piece_at)
-        choice.piece_at = now
-        assert self._tail is not None
-        return not text or self._exchange.write_events(self._format.text_event(choice.index, text, self._tail))
+    def lone(self, choice: Choice) -> LoneTokens | None:
+        if self._tail is None or self._format.extras:
+            return None
+        around = self._format.around(choice.index, self._tail)
+        return _LoneEvents(choice, around, self._exchange, self._metrics.inter_token, self._clock)
 
     async def room(self) -> None:
         await self._exchange.flush()
+
+
+class _LoneEvents:
+    """From lone tokens of a choice to their events. Among many streams a processor's caches are cold at every token:
+    so one has to touch few objects, and few of them are its own."""
+
+    __slots__ = ("_after", "_before", "_choice", "_clock", "_decoder", "_exchange", "_inter_token")
+
+    def __init__(
+        self,
+        choice: Choice,
+        around: tuple[bytes, bytes],
+        exchange: Exchange,
+        inter_token: Histogram,
+        clock: Callable[[], float],
+    ) -> None:
+        self._choice, self._decoder = choice, choice.text.decoder
+        self._before, self._after = around
+        self._exchange = exchange
+        self._inter_token = inter_token
+        self._clock = clock
+
+    def take(self, token_id: int) -> bool:
+        text, now, choice = self._decoder.push_token(token_id), self._clock(), self._choice
+        self._inter_token.observe(now - choice.piece_at)
+        choice.piece_at = now
+        choice.num_lone += 1
+        return not text or self._exchange.write_events(b"".join((self._before, _encode(text), self._after)))
 
 
 class _Collected(_Watch):
     """The reader of an answer in one body: there is always room."""
 
     interval = 1
-    take_text = None
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float], job: Job) -> None:
         super().__init__(metrics, clock, job)
@@ -159,6 +186,9 @@ class _Collected(_Watch):
         self._observe(piece)
         self.pieces[piece.choice.index].append(piece)
         return True
+
+    def lone(self, choice: Choice) -> None:
+        pass
 
     async def room(self) -> None:
         pass

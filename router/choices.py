@@ -15,7 +15,7 @@ import msgspec
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
 from router.detokenizer import TextStream
-from router.generation import Delta, GenerationFailed, GenerationStream, Generator, RouteHints
+from router.generation import Delta, GenerationFailed, GenerationStream, Generator, LoneTokens, RouteHints
 from router.prompts import Prompt
 
 
@@ -32,6 +32,12 @@ class Choice:
     stream: GenerationStream | None = None  # once started
     finish_reason: FinishReason | None = None
     piece_at: float = 0.0  # when its last piece came, monotonic seconds
+    num_lone: int = 0  # tokens that went to the decoder of `text` directly
+
+    @property
+    def num_tokens(self) -> int:
+        """Of its output, up to a stop string."""
+        return self.text.num_tokens + self.num_lone
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -50,10 +56,9 @@ class Reader(Protocol):
 
     interval: int
 
-    @property
-    def take_text(self) -> Callable[[Choice, str], bool] | None:
-        """Called, where there is one, in place of `take` with the text of a piece that is one token's, neither the
-        first nor the last of its choice."""
+    def lone(self, choice: Choice) -> LoneTokens | None:
+        """Who may get, in place of `take`, tokens of a choice that are pieces by themselves, neither its first nor its
+        last, where no stop strings are looked for."""
         ...
 
     def take(self, piece: Piece) -> bool:
@@ -82,35 +87,26 @@ async def run_choices(generator: Generator, choices: Sequence[Choice], deadline:
 class _Run:
     """A choice whose stream is there, to its end; `begun` is called with its first piece."""
 
-    __slots__ = ("_begun", "_choice", "_first", "_has_room", "_push", "_reader", "_take_text")
+    __slots__ = ("_begun", "_choice", "_first", "_reader")
 
     def __init__(self, choice: Choice, reader: Reader, begun: Callable[[], object] = lambda: None) -> None:
         self._choice = choice
         self._reader = reader
         self._begun = begun
         self._first = True
-        self._has_room = True
-        self._push, self._take_text = choice.text.push_token, reader.take_text
 
     async def to_end(self) -> None:
         choice, stream = self._choice, self._choice.stream
         assert stream is not None, choice.index
-        alone = self._take_text is not None and not choice.text.looks_for_stops
-        take_token = self._take_token if alone else None
-        while choice.finish_reason is None:
-            await stream.forward(self._take, take_token, interval=self._reader.interval)
+        lone = None if choice.text.looks_for_stops else self._reader.lone(choice)
+        while True:
+            more = await stream.forward(self._take, lone, interval=self._reader.interval)
             if choice.finish_reason is not None:
                 break
-            if self._has_room:
+            if not more:
                 raise GenerationFailed("the stream ended without a finish reason")
             await self._reader.room()
-            self._has_room = True
         await stream.aclose()
-
-    def _take_token(self, token_id: int) -> bool:
-        assert self._take_text is not None
-        has_room = self._has_room = self._take_text(self._choice, self._push(token_id))
-        return has_room
 
     def _take(self, delta: Delta) -> bool:
         choice, token_ids, logprobs, reason = self._choice, delta.token_ids, delta.logprobs, delta.finish_reason
@@ -126,8 +122,8 @@ class _Run:
         if first:
             self._first = False
             self._begun()
-        self._has_room = self._reader.take(Piece(choice, shown, token_ids, logprobs, reason, first))
-        return self._has_room and reason is None
+        has_room = self._reader.take(Piece(choice, shown, token_ids, logprobs, reason, first))
+        return has_room and reason is None
 
 
 async def _run_all(generator: Generator, choices: Sequence[Choice], deadline: float, reader: Reader) -> None:

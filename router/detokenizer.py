@@ -265,10 +265,11 @@ class TextStream:
     """The text of one choice. Push tokens until `stopped` or the last; `num_tokens` counts those that were used.
 
     `prompt` is what the output continues; without it the output is decoded as a text of its own. `stops` are those
-    of `params`, for callers with many streams of the same parameters.
+    of `params`, for callers with many streams of the same parameters. Where it does not look for stops, tokens that
+    are not the last may also go to `decoder` itself, and then nobody counts them here.
     """
 
-    __slots__ = ("_decoder", "_include", "_matcher", "_min_tokens", "num_tokens", "stopped")
+    __slots__ = ("_include", "_matcher", "_min_tokens", "decoder", "num_tokens", "stopped")
 
     def __init__(
         self,
@@ -280,7 +281,7 @@ class TextStream:
     ) -> None:
         self.stopped = False  # a stop string was found
         self.num_tokens = 0
-        self._decoder = tokenizer.decoder(skip_special_tokens=params.skip_special_tokens, prompt=prompt)
+        self.decoder = tokenizer.decoder(skip_special_tokens=params.skip_special_tokens, prompt=prompt)
         self._min_tokens = params.min_tokens
         self._include = params.include_stop_str_in_output
         self._matcher = None
@@ -297,7 +298,7 @@ class TextStream:
             if self._matcher is not None:
                 return self._push(token_ids)
             self.num_tokens += len(token_ids)
-            return self._decoder.push(token_ids)
+            return self.decoder.push(token_ids)
         if finish_reason is FinishReason.STOP and not self._include and token_ids:
             text = self._push(token_ids[:-1])
             self.num_tokens += not self.stopped
@@ -309,16 +310,11 @@ class TextStream:
     def looks_for_stops(self) -> bool:
         return self._matcher is not None
 
-    def push_token(self, token_id: int) -> str:
-        """`push` of one that is not the last, where no stop strings are looked for."""
-        self.num_tokens += 1
-        return self._decoder.push_token(token_id)
-
     def finish(self) -> str:
         """What was held back. May find a stop string at the very end."""
         if self.stopped:
             return ""
-        text = self._decoder.finish()
+        text = self.decoder.finish()
         if self._matcher is None:
             return text
         free, self.stopped = self._matcher.feed(text, heed=self.num_tokens > self._min_tokens)
@@ -327,13 +323,13 @@ class TextStream:
     def _push(self, token_ids: Sequence[int]) -> str:
         if self._matcher is None:
             self.num_tokens += len(token_ids)
-            return self._decoder.push(token_ids)
+            return self.decoder.push(token_ids)
         texts = []
         for token_id in token_ids:
             if self.stopped:
                 break
             self.num_tokens += 1
             heed = self.num_tokens > self._min_tokens
-            text, self.stopped = self._matcher.feed(self._decoder.push_token(token_id), heed=heed)
+            text, self.stopped = self._matcher.feed(self.decoder.push_token(token_id), heed=heed)
             texts.append(text)
         return "".join(texts)

@@ -60,6 +60,14 @@ class Timeline:
     transport: str = ""
 
 
+class LoneTokens(Protocol):
+    """Who takes tokens that come one at a time."""
+
+    def take(self, token_id: int) -> bool:
+        """False: no more."""
+        ...
+
+
 class GenerationStream(Protocol):
     """`aclose` may be called at any time, also instead of `forward`: it cancels the request on every worker.
 
@@ -72,16 +80,16 @@ class GenerationStream(Protocol):
     async def forward(
         self,
         take: Callable[[Delta], bool],
-        take_token: Callable[[int], bool] | None = None,
+        lone: LoneTokens | None = None,
         *,
         interval: int = 1,
-    ) -> None:
+    ) -> bool:
         """Call `take` with each delta where it arrives, until it wants no more (False) or the stream has ended.
 
-        `take_token`, where given, may be called in place of `take` with a token that is a delta by itself, and not the
-        first. After the first token, `interval` of them are awaited for a delta. Neither call may block; what is not
-        taken now comes together in the next call's first delta. Raises what they raise, and InvalidRequest,
-        DeadlineExceeded, GenerationFailed or Overloaded.
+        `lone`, where given, may get in its place what is a delta by itself: one token, and not the first. After the
+        first token, `interval` of them are awaited for a delta. Neither call may block; what is not taken now comes
+        together in the next call's first delta. Returns whether somebody wanted no more. Raises what they raise, and
+        InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded.
         """
         ...
 

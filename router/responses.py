@@ -6,10 +6,12 @@ text. Used by `router.answer`, which decides what is sent when.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import msgspec
 
+from engine.request import FinishReason
 from router.choices import Choice, Piece
 from router.generation import Timeline
 from router.logprobs import IdNames, TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
@@ -42,8 +44,9 @@ class Format(Protocol):
 
     extras: bool
 
-    def text_event(self, index: int, text: str, tail: bytes) -> bytes:
-        """That of a piece with text, neither the first nor the last of its choice. Not where there are extras."""
+    def around(self, index: int, tail: bytes) -> tuple[bytes, bytes]:
+        """What comes before and after the text, as JSON, in the event of a piece that is neither the first nor the last
+        of its choice. Not where there are extras."""
         ...
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
@@ -61,7 +64,7 @@ def usage(choices: Sequence[Choice], num_hidden: int = 0) -> dict[str, Any]:
     """Token counts so far; a prompt counts once however many choices it has."""
     leaders = [choice for choice in choices if choice.leader is None]
     num_prompt = sum(choice.request.num_prompt_tokens for choice in leaders)
-    num_output = sum(choice.text.num_tokens for choice in choices) - num_hidden
+    num_output = sum(choice.num_tokens for choice in choices) - num_hidden
     cached = sum(choice.stream.timeline.cached_tokens for choice in leaders if choice.stream is not None)
     return {
         "prompt_tokens": num_prompt,
@@ -90,8 +93,6 @@ class CompletionFormat:
         "_hide_output",
         "_names",
         "_offsets",
-        "_opened",
-        "_opening",
         "_tokenizer",
         "extras",
     )
@@ -103,8 +104,6 @@ class CompletionFormat:
         self._hide_output = hide_output  # only the prompt is wanted
         self._head = _head(envelope, "text_completion")
         self.extras = envelope.logprobs or envelope.token_ids or hide_output
-        self._opened = -1  # the choice of `_opening`, which is an event up to its text
-        self._opening = b""
         self._offsets: dict[int, int] = {}  # choice index -> length of the token texts before
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
@@ -115,19 +114,14 @@ class CompletionFormat:
                 return b""
             return b"".join((self._head, b'"choices":[', _encode(fields), b"]", tail, b"}\n\n"))
         index, text, reason = piece.choice.index, piece.text, piece.finish_reason
-        if reason is None:
-            return self.text_event(index, text, tail) if text else b""
-        end = b'"logprobs":null,"finish_reason":"%b"}]' % reason.encode()
-        return b"".join((self._open(index), _encode(text), b",", end, tail, b"}\n\n"))
+        if not (text or reason):
+            return b""
+        before, after = self.around(index, tail, reason)
+        return b"".join((before, _encode(text), after))
 
-    def text_event(self, index: int, text: str, tail: bytes) -> bytes:
-        opening = self._opening if index == self._opened else self._open(index)
-        return b"".join((opening, _encode(text), _TEXT_END, tail, b"}\n\n"))
-
-    def _open(self, index: int) -> bytes:
-        if index != self._opened:
-            self._opened, self._opening = index, b'%b"choices":[{"index":%d,"text":' % (self._head, index)
-        return self._opening
+    def around(self, index: int, tail: bytes, reason: FinishReason | None = None) -> tuple[bytes, bytes]:
+        before = b'%b"choices":[{"index":%d,"text":' % (self._head, index)
+        return before, _after(b",", reason, tail)
 
     def last_event(self, tail: bytes) -> bytes:
         return b"".join((self._head, b'"choices":[]', tail, b"}\n\n"))
@@ -168,7 +162,7 @@ class CompletionFormat:
 class ChatFormat:
     """POST /v1/chat/completions. A choice's first event says the role, its last the reason it ended."""
 
-    __slots__ = ("_envelope", "_head", "_names", "_opened", "_opening", "_tokenizer", "extras")
+    __slots__ = ("_envelope", "_head", "_names", "_tokenizer", "extras")
 
     def __init__(self, envelope: Envelope, tokenizer: Tokenizer) -> None:
         self._envelope = envelope
@@ -176,13 +170,12 @@ class ChatFormat:
         self._names: TokenNames = IdNames() if envelope.tokens_as_ids else tokenizer
         self._head = _head(envelope, "chat.completion.chunk")
         self.extras = envelope.logprobs or envelope.token_ids
-        self._opened = -1  # the choice of `_opening`, which is an event up to its text
-        self._opening = b""
 
     def event(self, piece: Piece, tail: bytes) -> bytes:
         head, index = self._head, piece.choice.index
         if not (piece.first or self.extras or piece.finish_reason):
-            return self.text_event(index, piece.text, tail) if piece.text else b""
+            before, after = self.around(index, tail)
+            return b"".join((before, _encode(piece.text), after)) if piece.text else b""
         events = []
         if piece.first:
             delta = b'{"role":"assistant","content":""}'
@@ -199,10 +192,9 @@ class ChatFormat:
             events.append(b'%s"choices":[{"index":%d,"delta":{},%s%s}\n\n' % (head, index, end, tail))
         return events[0] if len(events) == 1 else b"".join(events)
 
-    def text_event(self, index: int, text: str, tail: bytes) -> bytes:
-        if index != self._opened:
-            self._opened, self._opening = index, b'%b"choices":[{"index":%d,"delta":{"content":' % (self._head, index)
-        return b"".join((self._opening, _encode(text), _CONTENT_END, tail, b"}\n\n"))
+    def around(self, index: int, tail: bytes) -> tuple[bytes, bytes]:
+        before = b'%b"choices":[{"index":%d,"delta":{"content":' % (self._head, index)
+        return before, _after(b"},", None, tail)
 
     def last_event(self, tail: bytes) -> bytes:
         return b"".join((self._head, b'"choices":[]', tail, b"}\n\n"))
@@ -238,8 +230,12 @@ class ChatFormat:
 
 
 _OPEN = b'"logprobs":null,"finish_reason":null}]'
-_TEXT_END = b"," + _OPEN
-_CONTENT_END = b"}," + _OPEN
+
+
+@lru_cache(64)  # all streams share one
+def _after(closing: bytes, reason: FinishReason | None, tail: bytes) -> bytes:
+    """What an event has after its text."""
+    return b'%b"logprobs":null,"finish_reason":%b}]%b}\n\n' % (closing, _encode(reason), tail)
 
 
 def _head(envelope: Envelope, kind: str) -> bytes:

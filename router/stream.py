@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason
-from router.generation import Delta, Timeline
+from router.generation import Delta, LoneTokens, Timeline
 from router.policies import RoutingDecision
 
 _NOTHING: list[Any] = []  # shared, so never added to: a token of a stream touches as little memory as it can
@@ -31,10 +31,10 @@ class TokenStream:
         "_finish_reason",
         "_interval",
         "_logprobs",
+        "_lone",
         "_max_tokens",
         "_num_taken",
         "_on_close",
-        "_take_token",
         "_waiter",
         "decisions",
         "prompt_logprobs",
@@ -58,7 +58,7 @@ class TokenStream:
         self._waiter: asyncio.Future[bool] | None = None
         self._consumer: Callable[[Delta], bool] | None = None  # while there is a waiter
         self._interval = 1  # likewise, else 1: tokens that the consumer takes at once
-        self._take_token: Callable[[int], bool] | None = None  # likewise, and where the consumer has one
+        self._lone: LoneTokens | None = None  # likewise, and where the consumer has one
         self._on_close: Callable[[], None] | None = None
 
     def on_close(self, callback: Callable[[], None]) -> None:
@@ -99,13 +99,13 @@ class TokenStream:
         if index + 1 - self._num_taken < self._interval:
             token_ids.append(token_id)
             return False
-        take_token, waiter = self._take_token, self._waiter
-        if take_token is None or waiter is None or waiter.done():
+        lone, waiter = self._lone, self._waiter
+        if lone is None or waiter is None or waiter.done():
             return self.accept(index, [token_id], [], None)
         token_ids.append(token_id)
         self._num_taken = index + 1
         try:
-            more = take_token(token_id)
+            more = lone.take(token_id)
         except Exception as error:  # the consumer's, not of the worker whose frame this is
             waiter.set_exception(error)
         else:
@@ -137,10 +137,10 @@ class TokenStream:
     async def forward(
         self,
         take: Callable[[Delta], bool],
-        take_token: Callable[[int], bool] | None = None,
+        lone: LoneTokens | None = None,
         *,
         interval: int = 1,
-    ) -> None:
+    ) -> bool:
         """See GenerationStream.forward."""
         more = True
         while more:
@@ -150,9 +150,10 @@ class TokenStream:
             elif self._error is not None:
                 raise self._error
             elif self._ended:
-                return
+                return False
             else:
-                more = await self._wait(take, take_token, interval)
+                more = await self._wait(take, lone, interval)
+        return True
 
     def __aiter__(self) -> "TokenStream":
         return self
@@ -202,17 +203,15 @@ class TokenStream:
         self._finish_reason = None
         return delta
 
-    async def _wait(
-        self, take: Callable[[Delta], bool], take_token: Callable[[int], bool] | None, interval: int
-    ) -> bool:
+    async def _wait(self, take: Callable[[Delta], bool], lone: LoneTokens | None, interval: int) -> bool:
         """Until the consumer, called from where tokens arrive, wants no more (then False), or the stream ended."""
         self._consumer, self._interval = take, interval
-        self._take_token = take_token if interval == 1 else None
+        self._lone = lone if interval == 1 else None
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             return await self._waiter
         finally:
-            self._consumer = self._take_token = self._waiter = None
+            self._consumer = self._lone = self._waiter = None
             self._interval = 1
 
     def _wake(self) -> None:

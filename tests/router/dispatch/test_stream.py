@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,12 +136,10 @@ class Taker:
     def __init__(self, room: int = 1000) -> None:
         self.taken: list[list[int] | int] = []
         self._room = room
+        self.lone = SimpleNamespace(take=self._note)
 
     def take(self, delta) -> bool:
         return self._note(delta.token_ids)
-
-    def take_token(self, token_id: int) -> bool:
-        return self._note(token_id)
 
     def _note(self, what: list[int] | int) -> bool:
         self.taken.append(what)
@@ -149,7 +148,7 @@ class Taker:
 
 async def test_lone_tokens_after_the_first_go_the_short_way():
     under_test, taker = stream(), Taker()
-    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.take_token))
+    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.lone))
     await asyncio.sleep(0)
     for index in range(3):
         assert not under_test.accept_token(index, 10 + index)
@@ -176,35 +175,35 @@ async def test_without_a_short_way_lone_tokens_come_as_deltas():
 @pytest.mark.parametrize("room", [1, 2, 3])
 async def test_lone_tokens_that_are_not_taken_come_together(room):
     under_test, taker = stream(), Taker(room)
-    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.take_token))
+    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.lone))
     await asyncio.sleep(0)
     for index in range(5):
         under_test.accept_token(index, index)
     await forwarding
-    await under_test.forward(taker.take, taker.take_token)
+    await under_test.forward(taker.take, taker.lone)
     assert taker.taken == [*[[0], 1, 2][:room], list(range(room, 5))]
 
 
 async def test_lone_tokens_after_a_cancelled_consumer_are_kept_for_the_next():
     under_test, first, second = stream(), Taker(), Taker(1)
-    forwarding = asyncio.create_task(under_test.forward(first.take, first.take_token))
+    forwarding = asyncio.create_task(under_test.forward(first.take, first.lone))
     await asyncio.sleep(0)
     under_test.accept_token(0, 0)
     forwarding.cancel()
     under_test.accept_token(1, 1)
     await asyncio.wait({forwarding})
     under_test.accept_token(2, 2)
-    await under_test.forward(second.take, second.take_token)
+    await under_test.forward(second.take, second.lone)
     assert (first.taken, second.taken) == ([[0]], [[1, 2]])
 
 
 async def test_a_consumer_that_fails_at_a_lone_token_does_not_fail_the_worker():
     under_test, taker = stream(), Taker()
 
-    def take_token(_token_id):
+    def fail(_token_id):
         raise ValueError("broken")
 
-    forwarding = asyncio.create_task(under_test.forward(taker.take, take_token))
+    forwarding = asyncio.create_task(under_test.forward(taker.take, SimpleNamespace(take=fail)))
     await asyncio.sleep(0)
     for index in range(3):
         assert not under_test.accept_token(index, index)
@@ -215,7 +214,7 @@ async def test_a_consumer_that_fails_at_a_lone_token_does_not_fail_the_worker():
 @pytest.mark.parametrize("room", [1, 2, 1000])
 async def test_a_consumer_may_take_several_tokens_at_once_after_the_first(room):
     under_test, taker = stream(), Taker(room)
-    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.take_token, interval=3))
+    forwarding = asyncio.create_task(under_test.forward(taker.take, taker.lone, interval=3))
     await asyncio.sleep(0)
     for index in range(6):
         assert not under_test.accept_token(index, index)
@@ -223,7 +222,7 @@ async def test_a_consumer_may_take_several_tokens_at_once_after_the_first(room):
     under_test.accept(8, [8], [], FinishReason.STOP)
     await forwarding
     if room < 1000:
-        await under_test.forward(taker.take, taker.take_token, interval=3)
+        await under_test.forward(taker.take, taker.lone, interval=3)
     whole = [[0], [1, 2, 3], [4, 5, 6, 7], [8]]
     assert taker.taken == {1: [[0], list(range(1, 9))], 2: [[0], [1, 2, 3], [4, 5, 6, 7, 8]], 1000: whole}[room]
 
@@ -248,7 +247,7 @@ async def test_nothing_waits_for_a_consumer_that_wants_every_token_again():
         under_test.accept_token(index, index)
     forwarding.cancel()
     await asyncio.wait({forwarding})
-    again = asyncio.create_task(under_test.forward(taker.take, taker.take_token))
+    again = asyncio.create_task(under_test.forward(taker.take, taker.lone))
     await asyncio.sleep(0)
     under_test.accept_token(2, 2)
     assert taker.taken == [[0], [1], 2]
@@ -264,14 +263,14 @@ def test_every_token_comes_once_and_in_order_whatever_the_interval_and_the_arriv
             taken.extend(delta.token_ids)
             return rng.random() < 0.8
 
-        def take_token(token_id: int) -> bool:
+        def take_lone(token_id: int) -> bool:
             assert interval == 1
             taken.append(token_id)
             return rng.random() < 0.8
 
         async def consume() -> None:
             while len(taken) < num:
-                await under_test.forward(take, take_token, interval=interval)
+                await under_test.forward(take, SimpleNamespace(take=take_lone), interval=interval)
 
         consumer = asyncio.create_task(consume())
         while not under_test._ended:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
-from router.generation import NO_HINTS, Delta, GenerationStream, ModelCard, RouteHints, Timeline
+from router.generation import NO_HINTS, Delta, GenerationStream, LoneTokens, ModelCard, RouteHints, Timeline
 from router.http import Front, FrontConfig
 from router.metrics import Metrics
 from router.server import ServerConfig, serve
@@ -38,10 +38,10 @@ class FakeStream:
     async def forward(
         self,
         take: Callable[[Delta], bool],
-        take_token: Callable[[int], bool] | None = None,
+        lone: LoneTokens | None = None,
         *,
         interval: int = 1,
-    ) -> None:
+    ) -> bool:
         held = None
         async for delta in self._deltas:
             if held is not None:
@@ -51,12 +51,13 @@ class FakeStream:
                 continue
             held = None
             alone = self.num_yielded > 1 and len(delta.token_ids) == 1 and not delta.logprobs
-            if take_token is not None and alone and delta.finish_reason is None:  # as the dispatcher's streams do
-                more = take_token(delta.token_ids[0])
+            if lone is not None and alone and delta.finish_reason is None:  # as the dispatcher's streams do
+                more = lone.take(delta.token_ids[0])
             else:
                 more = take(delta)
             if not more:
-                return
+                return True
+        return False
 
     async def _play(self) -> AsyncIterator[Delta]:
         top = self.request.params.prompt_logprobs

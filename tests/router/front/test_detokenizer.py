@@ -66,11 +66,12 @@ def test_pushed_text_is_the_decoded_text(name: str, token_ids: list[int], seed: 
     stream = TextStream(tokenizer, SamplingParams(skip_special_tokens=skip))
 
     def push(delta: list[int]) -> str:
-        return stream.push_token(delta[0]) if len(delta) == 1 else stream.push(delta)
+        return stream.decoder.push_token(delta[0]) if len(delta) == 1 else stream.push(delta)
 
-    text = "".join([push(delta) for delta in cut(token_ids, seed)]) + stream.finish()
+    deltas = cut(token_ids, seed)
+    text = "".join([push(delta) for delta in deltas]) + stream.finish()
     assert text == tokenizer.decode(token_ids, skip_special_tokens=skip)
-    assert stream.num_tokens == len(token_ids)
+    assert stream.num_tokens == sum(len(delta) for delta in deltas if len(delta) != 1)
 
 
 @given(prompt=st.lists(st.sampled_from([0, 1, 2, 4]), min_size=1, max_size=4), token_ids=ids)
