@@ -47,6 +47,18 @@ def test_simulate_reports_and_draws(
     assert "100.0% of 3 requests" in capsys.readouterr().out
 
 
+def test_memory_holds_as_many_tokens_whatever_the_engine(
+    tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """131,072 bytes a token, as the default profile says, whose model is Llama-3-8B in 16 bits."""
+    spec_file, out = tmp_path / "spec.yaml", tmp_path / "out.json"
+    for engine in ("torch", "simulated"):
+        spec_file.write_text(yaml.safe_dump(SPEC | {"engine": engine}))
+        assert baton(monkeypatch, "simulate", spec_file, "--trace", trace_file, "--json", out) == 0
+        pools = json.loads(out.read_text())["pools"]
+        assert {pools[role]["kv_tokens"] for role in ("prefill", "decode")} == {(4 << 30) // 131_072}
+
+
 def test_simulation_loads_neither_torch_nor_ray_nor_matplotlib(spec_file: Path, trace_file: Path) -> None:
     code = (
         "import sys\nfrom baton.cli import app\n"
