@@ -1,8 +1,8 @@
 """Who holds which block of a worker's KV pool: reference counts and the free list. Every operation is O(1) a block, and
 takes many at once: a prompt has hundreds.
 
-A block is free (on the list here), referenced (count above 0) or, between the two, handed back by `release` to its
-caller, the prefix cache, which keeps it idle or frees it.
+A block is free (on the list here), referenced (count above 0) or, between the two, idle in the prefix cache. `KvCache`
+gives references back, and knows where a block goes with its last one.
 """
 
 from collections.abc import Iterable, Sequence
