@@ -7,7 +7,8 @@ else retries.
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+
+import msgspec
 
 from decode_workers.intake import Intake, PullEnded
 from engine.clients import Client, Clients
@@ -54,7 +55,7 @@ class DecodeRole:
             self._clients.forget(request_id)
             return
         self._decoding_since[request_id] = self._clock()
-        request = replace(entry.request, token_ids=(*entry.request.token_ids, pulled.first_token))
+        request = msgspec.structs.replace(entry.request, token_ids=(*entry.request.token_ids, pulled.first_token))
         self._engine.resume(request, entry.block_ids)
 
     def abort(self, request_id: RequestId) -> None:

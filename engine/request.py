@@ -1,6 +1,5 @@
 """What a client asks of the engine: a request and its sampling parameters. No torch here."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
@@ -94,8 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest("logit_bias values must be between -100 and 100", param="logit_bias")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """One sequence to continue.
 
     `token_ids` is the prompt followed by what an earlier attempt already produced (the first

@@ -5,6 +5,7 @@ trusts a size or an id.
 """
 
 from engine.executors.base import TokenLogprobs
+from engine.kv.block_hash import bytes_to_tokens, token_bytes
 from engine.request import FinishReason, Request, RequestId, SamplingParams
 from engine.scheduler import EngineLoad
 from engine.step_model import StepModel
@@ -64,10 +65,11 @@ def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
 
 
 def submit_to_pb(request: Request, handle: int, timeout_ms: int, offer: bytes = b"") -> pb.Submit:
+    """Raises ValueError, TypeError or OverflowError for a number that its field does not hold."""
     return pb.Submit(
         handle=handle,
         request_id=request.id,
-        token_ids=request.token_ids,
+        token_ids=token_bytes(request.token_ids),
         num_prompt_tokens=request.num_prompt_tokens,
         params=params_to_pb(request.params),
         seed=request.seed,
@@ -84,7 +86,7 @@ def request_from_pb(message: pb.Submit, request_id: RequestId) -> Request:
     """`request_id`: unique in the worker, unlike the message's, which names the request in all its attempts."""
     return Request(
         id=request_id,
-        token_ids=tuple(message.token_ids),
+        token_ids=bytes_to_tokens(message.token_ids),
         num_prompt_tokens=message.num_prompt_tokens,
         params=params_from_pb(message.params),
         seed=message.seed,

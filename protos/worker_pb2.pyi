@@ -48,7 +48,7 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: bytes
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
@@ -58,7 +58,7 @@ class Submit(_message.Message):
     timeout_ms: int
     offer: bytes
     tenant: str
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., offer: _Optional[bytes] = ..., tenant: _Optional[str] = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., offer: _Optional[bytes] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handle",)

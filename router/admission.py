@@ -8,8 +8,10 @@ attempt keeps its arrival, so it goes ahead of its tenant's younger ones, and it
 import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 from router.fairness import FairQueue, Place
 
@@ -82,7 +84,7 @@ class Admission(Generic[T]):
     def put_back(self, entry: T) -> None:
         """A running entry waits again, where it stood; its tenant has been charged, and it is not refused."""
         priority, place = self._running.pop(entry)
-        self._push(priority, replace(place, cost=0))
+        self._push(priority, msgspec.structs.replace(place, cost=0))
 
     def release(self, entry: T) -> bool:
         """The entry is over, wherever it was; whether it was anywhere."""

@@ -6,7 +6,6 @@ until then is an HTTP status; after it, an error event and a connection that end
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import msgspec
@@ -22,8 +21,7 @@ _encode = msgspec.json.Encoder().encode
 GRACE_S = 5.0  # the generator keeps the deadline itself; this bounds it when it does not, and slow clients
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True, eq=False):
     """What a completion request came to. `num_hidden` generated tokens are neither shown nor counted."""
 
     choices: Sequence[Choice]

@@ -7,7 +7,6 @@ that was started is closed when `run_choices` ends, however it ends.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -19,8 +18,7 @@ from router.generation import Delta, GenerationFailed, GenerationStream, Generat
 from router.prompts import Prompt
 
 
-@dataclass(slots=True)
-class Choice:
+class Choice(msgspec.Struct, eq=False):
     """`leader` is the choice whose first token this one waits for; None for the first of a prompt."""
 
     index: int

@@ -7,8 +7,10 @@ needs it, for reports come far more often than decisions.
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from typing import NamedTuple
+
+import msgspec
 
 from engine.step_model import StepModel, num_pairs
 from engine.wire import model_from_pb
@@ -38,8 +40,7 @@ class WorkerRow(NamedTuple):
     num_pending: int  # requests counted above that the worker has not reported
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(msgspec.Struct, frozen=True, gc=False):
     """What a request will take of one worker."""
 
     prefill_tokens: int = 0  # to compute
@@ -48,8 +49,7 @@ class Reservation:
     pull_tokens: int = 0  # of KV, to come from a prefill worker
 
 
-@dataclass(slots=True)
-class _Pending:
+class _Pending(msgspec.Struct, gc=False):
     tokens: int
     pairs: int
     blocks: int

@@ -1,7 +1,8 @@
 """POST /v1/completions and /v1/chat/completions: from a body to a Job. The handlers of `router.http` call these."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from engine.errors import InvalidRequest
 from engine.request import MAX_LOGPROBS, Request, RequestId, SamplingParams
@@ -21,8 +22,7 @@ MAX_CHOICES = 1024  # of one request: prompts times n
 DEFAULT_MAX_TOKENS = 16  # of a completion; a chat may fill the context
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """What a handler knows of a request besides its body."""
 
     received: float

@@ -3,8 +3,7 @@
 Tokens become seconds by each worker's own model of its steps.
 """
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from router.worker_table import Bools, Floats, Ints, Pool
@@ -14,16 +13,14 @@ _MIN_SLACK = 0.1
 _MIN_FREE = 0.05  # of a decode worker's memory, likewise
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillLoad:
+class PrefillLoad(msgspec.Struct, frozen=True, gc=False):
     """Of one worker that prefills: requests that come each second, and the part of its time that they take."""
 
     requests_per_s: float
     busy: float
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillCost:
+class PrefillCost(msgspec.Struct, frozen=True, gc=False):
     """`work` to compute what is not cached, and when its `first` token is there; `others`: by how much that delays
     requests which come later."""
 
@@ -32,8 +29,7 @@ class PrefillCost:
     others: Floats
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeCost:
+class DecodeCost(msgspec.Struct, frozen=True, gc=False):
     """`step` is what a step takes with the newcomer once prefill has ended; `answers` counts its own tokens and what it
     adds to those of others; `waits` the wait for memory, its own and that of others."""
 

@@ -11,13 +11,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import msgspec
+
 T = TypeVar("T")
 
 QUANTUM = 8192  # prompt tokens of a turn; prompts larger than this take several turns
 
 
-@dataclass(frozen=True, slots=True)
-class Place(Generic[T]):
+class Place(msgspec.Struct, Generic[T], frozen=True):
     """`arrival` is unique. `cost` in prompt tokens: nothing for one that has been paid for."""
 
     entry: T

@@ -8,13 +8,13 @@ and in number while they add nothing. Once over, a flight holds no timer, no att
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from engine.errors import InvalidRequest
-from engine.kv.block_hash import block_hashes
+from engine.kv.block_hash import hashes_of_bytes
 from engine.request import FinishReason, Request
 from engine.wire import submit_to_pb
 from protos import worker_pb2 as pb
@@ -24,8 +24,6 @@ from router.placement import Placed
 from router.policies import RequestFacts
 from router.session import WorkerSession
 from router.stream import TokenStream
-
-_MAX_TOKEN_ID = (1 << 31) - 1
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +114,7 @@ class Flight:
     def hashes(self, block_size: int) -> list[int]:
         hashes = self._hashes.get(block_size)
         if hashes is None:
-            hashes = block_hashes(self._request.token_ids, block_size, self._chain_seed)
+            hashes = hashes_of_bytes(self._submit.token_ids, block_size, self._chain_seed)
             self._hashes[block_size] = hashes
         return hashes
 
@@ -182,7 +180,7 @@ class Flight:
         if received and params.prompt_logprobs is not None:
             params = msgspec.structs.replace(params, prompt_logprobs=None)  # the client has them
         prompt = request.token_ids[: request.num_prompt_tokens]
-        self._request = replace(request, token_ids=prompt + tuple(received), params=params)
+        self._request = msgspec.structs.replace(request, token_ids=prompt + tuple(received), params=params)
         self._submit = _submit_message(self._request)
         self._hashes = {}
 
@@ -209,8 +207,6 @@ def _submit_message(request: Request) -> pb.Submit:
     """Made once for all workers of an attempt, and before the request waits: a bad number must not surface later,
     where it would break a session that serves others."""
     try:
-        if max(request.token_ids, default=0) > _MAX_TOKEN_ID:
-            raise ValueError("token ids are hashed as int32")
         return submit_to_pb(request, handle=0, timeout_ms=0)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidRequest("a number in the request is outside the range of its field") from error

@@ -96,8 +96,7 @@ class GenerationStream(Protocol):
     async def aclose(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class RouteHints:
+class RouteHints(msgspec.Struct, frozen=True, gc=False):
     """What routing may know of a request that workers need not."""
 
     session: str = ""  # its turns each begin with the one before; empty: none

@@ -6,9 +6,10 @@ a failed attempt, at last released.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 
 from protos import worker_pb2 as pb
@@ -59,8 +60,7 @@ class PlacementConfig:
     seqs_per_slot: float = 1.5  # sequences sent per decode slot, so that freed slots find a prefilled successor
 
 
-@dataclass(frozen=True, slots=True)
-class Placed(Generic[C]):
+class Placed(msgspec.Struct, Generic[C], frozen=True):
     """To reserve: `on_prefill`, where there is a prefill worker, and `on_decode`."""
 
     candidate: C
@@ -71,8 +71,7 @@ class Placed(Generic[C]):
     on_decode: Reservation
 
 
-@dataclass(frozen=True, slots=True)
-class Refused(Generic[C]):
+class Refused(msgspec.Struct, Generic[C], frozen=True):
     """The candidate is out of the queue; `retry_after` in seconds."""
 
     candidate: C
@@ -200,9 +199,10 @@ class Placement(Generic[C]):
         matched = int(hits[self._slots[decision.decode]])
         blocks = max(0, -(-facts.num_reserved_tokens // block_size) - matched // block_size)
         prefill_tokens = facts.num_uncached(decision.hit_tokens)
-        work = Reservation(prefill_tokens, facts.num_tokens - prefill_tokens)
+        past = facts.num_tokens - prefill_tokens
         if decision.prefill is None:
-            return Placed(candidate, decision, None, decode, Reservation(), replace(work, blocks=blocks))
+            return Placed(candidate, decision, None, decode, Reservation(), Reservation(prefill_tokens, past, blocks))
+        work = Reservation(prefill_tokens, past)
         pull = Reservation(blocks=blocks, pull_tokens=facts.num_tokens - matched)
         return Placed(candidate, decision, self._states[decision.prefill], decode, work, pull)
 

@@ -7,9 +7,10 @@ A prefill worker is only ever paired with a decode worker of the same fingerprin
 Everything is computed for all workers of a pool at once: arrays are indexed by position in the pool.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, prefill_cost
@@ -41,8 +42,7 @@ def price_of_answers(ttft_s: float, tpot_s: float) -> float:
 ANSWER_PRICE = price_of_answers(ttft_s=2.0, tpot_s=0.05)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
+class RequestFacts(msgspec.Struct, frozen=True, gc=False):
     """Times are by the clock of the placement that decides."""
 
     num_tokens: int  # the prompt, and what earlier attempts produced
@@ -65,8 +65,7 @@ class RequestFacts:
         return max(1, self.num_tokens - matched)
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingDecision:
+class RoutingDecision(msgspec.Struct, frozen=True, gc=False):
     prefill: str | None  # None: the decode worker prefills by itself
     decode: str
     hit_tokens: int  # predicted, on the worker that prefills
@@ -76,8 +75,7 @@ class RoutingDecision:
     cost_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(msgspec.Struct, frozen=True, gc=False):
     """No worker is predicted to serve it in time."""
 
     reason: str
@@ -153,7 +151,7 @@ class PrefixAware:
             if not in_time.any():
                 late = facts.ttft_s is not None and table.now - facts.arrived >= facts.ttft_s
                 if not late and _idle(table):  # what is believed of them may be wrong, and nobody would wait
-                    return self.choose(replace(facts, ttft_s=None, tpot_s=None), hits, table)
+                    return self.choose(msgspec.structs.replace(facts, ttft_s=None, tpot_s=None), hits, table)
                 return Reject("no worker can serve the request in time")
             able &= in_time
         if not able.any():

@@ -7,8 +7,9 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from engine.errors import InvalidRequest
 from router.generation import ModelCard
@@ -43,8 +44,7 @@ RESERVED_KWARGS = frozenset(  # what the renderer gives a template, and what wou
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]
     text: str | None  # as the client wrote it; None for token ids
 

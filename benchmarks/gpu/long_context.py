@@ -7,9 +7,10 @@ Where a batch does not fit into the pool, the largest one that does is measured 
 """
 
 import argparse
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+
+import msgspec
 
 from baton.step_timer import fill
 from benchmarks.gpu.harness import (
@@ -89,7 +90,7 @@ def resume(engine: Engine, shape: Shape, context: int, num_output: int, name: st
     request = random_request(name, context + 1, num_output, shape.vocab_size, seed=seed)
     block_ids = engine.kv.allocate(engine.executor.layout.num_blocks_for(context))
     assert block_ids is not None, (context, engine.kv.num_free)
-    engine.resume(replace(request, num_prompt_tokens=context), block_ids)
+    engine.resume(msgspec.structs.replace(request, num_prompt_tokens=context), block_ids)
 
 
 if __name__ == "__main__":

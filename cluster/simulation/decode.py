@@ -1,9 +1,10 @@
 """The role of a simulated decode worker, as decode_workers.worker.DecodeRole, with the real Intake."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import chain
 from typing import cast
+
+import msgspec
 
 from cluster.simulation.engine import SimulatedEngine, Step
 from cluster.simulation.events import Events
@@ -110,7 +111,7 @@ class SimulatedDecode:
         said.handoff_done, said.num_bytes = True, pull.num_bytes
         self._intake.moved(pull.num_tokens, self._link.take_busy())
         tokens = cast("tuple[int, ...]", range(len(request.token_ids) + 1))  # with the first of the answer
-        self._engine.resume(replace(request, token_ids=tokens), entry.block_ids)
+        self._engine.resume(msgspec.structs.replace(request, token_ids=tokens), entry.block_ids)
 
     def _failed(self, pull: SimulatedPull) -> None:
         entry = self._leave_intake(pull)

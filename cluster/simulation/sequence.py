@@ -1,7 +1,6 @@
 """A request inside a simulated worker: what the scheduler and the KV cache ask of one, and no tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 from engine.kv.layout import BlockId
@@ -10,8 +9,7 @@ from engine.request import Request, RequestId, SamplingParams
 _PARAMS = SamplingParams()
 
 
-@dataclass(frozen=True, slots=True)
-class SimulatedRequest(Request):
+class SimulatedRequest(Request, frozen=True):
     """`hashes` are of the full blocks of prompt and answer; `num_total_tokens` is the length of both.
 
     `token_ids` has the length of the tokens that it stands for, and they are never looked at.

@@ -1,6 +1,6 @@
 """Chained hashes of full blocks: the name under which a prefix is cached. Used by workers and by the router.
 
-h_i = xxh3-64(h_{i-1} followed by the tokens of block i as little-endian int32). The chain starts from a seed made of
+h_i = xxh3-64(h_{i-1} followed by the tokens of block i as little-endian uint32). The chain starts from a seed made of
 the deployment's secret, model, adapter and cache salt, so nothing is shared across them and nobody outside can
 construct a collision; whoever reuses a block compares its tokens all the same.
 """
@@ -27,7 +27,11 @@ def chain_seed(secret: str, model: str, adapter: str, salt: str) -> int:
 
 def block_hashes(token_ids: Sequence[int], block_size: int, seed: int) -> list[int]:
     """One hash for each full block. `seed` is the link before: the chain's, or the hash of the block before."""
-    tokens = token_bytes(token_ids)
+    return hashes_of_bytes(token_bytes(token_ids), block_size, seed)
+
+
+def hashes_of_bytes(tokens: bytes, block_size: int, seed: int) -> list[int]:
+    """`block_hashes` of what `token_bytes` made."""
     size = block_size * TOKEN_BYTES
     link = seed.to_bytes(8, "big")
     links: list[bytes] = []
@@ -38,5 +42,10 @@ def block_hashes(token_ids: Sequence[int], block_size: int, seed: int) -> list[i
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
-    """Raises OverflowError for an id that is no int32: ids are checked before they are hashed."""
-    return array("i", token_ids).tobytes()
+    """Raises OverflowError for an id that is no uint32: ids are checked before they are hashed."""
+    return array("I", token_ids).tobytes()
+
+
+def bytes_to_tokens(tokens: bytes) -> tuple[int, ...]:
+    """What `token_bytes` was given; a part of a token at the end is left out."""
+    return tuple(memoryview(tokens)[: len(tokens) // TOKEN_BYTES * TOKEN_BYTES].cast("I"))

@@ -1,5 +1,6 @@
 from engine.clients import Clients
 from engine.engine import TokenOutput
+from engine.kv.block_hash import token_bytes
 from engine.kv.cache import KvCache
 from engine.request import FinishReason
 from engine.session import SessionId
@@ -7,7 +8,9 @@ from protos import worker_pb2 as pb
 
 
 def submit(handle: int, request_id: str) -> pb.Submit:
-    return pb.Submit(handle=handle, request_id=request_id, token_ids=[1], num_prompt_tokens=1, timeout_ms=1000)
+    return pb.Submit(
+        handle=handle, request_id=request_id, token_ids=token_bytes([1]), num_prompt_tokens=1, timeout_ms=1000
+    )
 
 
 def test_a_handle_that_is_in_use_is_refused_and_free_again_afterwards() -> None:

@@ -5,7 +5,7 @@ import struct
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from engine.kv.block_hash import block_hashes, chain_seed
+from engine.kv.block_hash import block_hashes, bytes_to_tokens, chain_seed, token_bytes
 
 
 def test_each_link_hashes_the_one_before_and_its_own_tokens() -> None:
@@ -50,6 +50,16 @@ def test_no_two_combinations_of_fields_start_the_same_chain() -> None:
     assert len({chain_seed(*each) for each in fields}) == len(fields)
 
 
-def test_an_id_that_is_no_int32_is_refused() -> None:
+@pytest.mark.parametrize("token_id", [-1, 1 << 32])
+def test_an_id_that_is_no_uint32_is_refused(token_id: int) -> None:
     with pytest.raises(OverflowError):
-        block_hashes([1 << 31], 1, 0)
+        block_hashes([token_id], 1, 0)
+
+
+def test_tokens_survive_their_bytes() -> None:
+    token_ids = (0, 1, 511_000, (1 << 32) - 1)
+    data = token_bytes(token_ids)
+    assert data[4:8] == b"\x01\0\0\0"
+    assert bytes_to_tokens(data) == token_ids
+    assert bytes_to_tokens(data[:-1]) == token_ids[:-1]
+    assert bytes_to_tokens(b"") == ()

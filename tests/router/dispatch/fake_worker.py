@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+from engine.kv.block_hash import bytes_to_tokens
 from engine.message_server import MessageServer
 from engine.message_stream import MessageStream
 from engine.session import SERVICE
@@ -56,6 +57,10 @@ class Job:
     session: "_Session"
     task: asyncio.Task[None] | None = None
     index: int = 0  # of the token about to be sent
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return bytes_to_tokens(self.submit.token_ids)
 
     def send(self, **fields: object) -> None:
         handle, output = self.submit.handle, pb.Output(handle=self.submit.handle, **fields)
@@ -212,8 +217,8 @@ class FakeWorker:
         self._steps += 1
         return pb.Load(
             num_running=len(self.jobs),
-            num_free_blocks=self._description.num_blocks - sum(len(job.submit.token_ids) // 4 + 1 for job in self.jobs),
-            num_waiting_tokens=sum(len(job.submit.token_ids) for job in self.jobs) if self.role == "prefill" else 0,
+            num_free_blocks=self._description.num_blocks - sum(len(job.token_ids) // 4 + 1 for job in self.jobs),
+            num_waiting_tokens=sum(len(job.token_ids) for job in self.jobs) if self.role == "prefill" else 0,
             progress=self._steps if self.progress is None else self.progress,
             draining=self.draining,
             turn=self._steps,
@@ -271,14 +276,14 @@ class FakeWorker:
 
     def _num_known(self, job: Job) -> int:
         submit = job.submit
-        prompt, appended = submit.token_ids[: submit.num_prompt_tokens], submit.token_ids[submit.num_prompt_tokens :]
+        prompt, appended = job.token_ids[: submit.num_prompt_tokens], job.token_ids[submit.num_prompt_tokens :]
         if list(appended) != expected_tokens(prompt, len(appended)):
             self.violations.append(f"{submit.request_id}: appended {list(appended)}")
         return len(appended)
 
     def _send_token(self, job: Job, **fields: object) -> bool:
         submit, params = job.submit, job.submit.params
-        token = token_at(submit.token_ids[: submit.num_prompt_tokens], job.index)
+        token = token_at(job.token_ids[: submit.num_prompt_tokens], job.index)
         finish = pb.FINISH_REASON_UNSPECIFIED
         if token in params.stop_token_ids:
             finish = pb.FINISH_REASON_STOP
@@ -287,7 +292,7 @@ class FakeWorker:
         if params.HasField("logprobs"):
             fields["logprobs"] = [pb.TokenLogprobs(token_id=token, logprob=-float(job.index))]
         if params.HasField("prompt_logprobs") and job.index == self._num_known(job):
-            fields["prompt_logprobs"] = [pb.TokenLogprobs(token_id=each) for each in submit.token_ids[1:]]
+            fields["prompt_logprobs"] = [pb.TokenLogprobs(token_id=each) for each in job.token_ids[1:]]
         job.send(index=job.index, token_ids=[token], finish_reason=finish, **fields)
         return finish != pb.FINISH_REASON_UNSPECIFIED
 
