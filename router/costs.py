@@ -43,10 +43,10 @@ def prefill_cost(num_tokens: int, uncached: Ints, pool: Pool, load: PrefillLoad)
     other work in the part of the time that workers are busy. Where even the shortest queue is not empty, each request
     that comes before it would be waits longer by the work; what comes meanwhile stretches that time (a busy period).
     """
-    pairs = uncached * (num_tokens - 0.5 * uncached + 0.5)
-    work: Floats = pool.base_s + pool.prefill_token_s * uncached + pool.pair_s * pairs
+    pairs_each = (num_tokens + 0.5) - 0.5 * uncached
+    work: Floats = pool.base_s + uncached * (pool.prefill_token_s + pool.pair_s * pairs_each)
     first: Floats = pool.wait_s + work
-    busy_period = float(pool.wait_s.min()) / max(_MIN_SLACK, 1.0 - load.busy)
+    busy_period = float(pool.wait_s[pool.wait_s.argmin()]) / max(_MIN_SLACK, 1.0 - load.busy)
     price = min(1.0, load.busy) + load.requests_per_s * busy_period
     return PrefillCost(work, first, work * price)
 
@@ -61,18 +61,18 @@ def decode_cost(
     """
     output = min(float(max_new_tokens), mean_output)
     steps = after / pool.step_s
-    num_seqs = pool.num_running * np.exp(steps * (-1.0 / mean_output)) + (pool.num_seqs - pool.num_running)
+    num_seqs = pool.num_running * np.exp(steps * (-1.0 / mean_output)) + pool.num_coming
     tokens = num_seqs * (pool.seq_tokens + np.minimum(steps, mean_output))
     growth = pool.newcomer_s + pool.kv_token_s * (num_tokens + 0.5 * output)
     step: Floats = pool.base_s + pool.newcomer_s * num_seqs + pool.kv_token_s * tokens + growth
-    answers: Floats = output * step + num_seqs * growth * mean_output
+    own = output * step
+    answers: Floats = own + num_seqs * growth * mean_output
     # The fuller the memory, the more of those who come wait for it, while this request holds its part.
-    part = needed / np.maximum(1.0, pool.num_blocks)
-    free = pool.num_free_blocks / np.maximum(1.0, pool.num_blocks)
-    waits: Floats = part * output * step * pool.num_seqs * (1.0 - free) / np.maximum(_MIN_FREE, free - part)
-    missing = needed * pool.block_size - (pool.num_tokens - tokens)
+    part = needed * pool.block_part
+    waits: Floats = part * own * pool.pressure / np.maximum(_MIN_FREE, pool.free_part - part)
+    missing = needed * pool.block_size + tokens - pool.num_tokens
     short: Bools = missing > 0.0
-    if short.any():  # memory comes back as answers end
+    if np.count_nonzero(short):  # memory comes back as answers end
         freed = np.maximum(1.0, pool.seq_tokens) * np.maximum(1.0, num_seqs) / (mean_output * step)
         waits = waits + np.where(short, np.minimum(missing, pool.num_tokens) / freed, 0.0)
     return DecodeCost(step, answers, waits)
@@ -80,5 +80,5 @@ def decode_cost(
 
 def cheapest(costs: Floats, turn: int) -> int:
     """Position of the least cost; among equals, the next one after `turn`."""
-    ties = np.flatnonzero(costs == costs.min())
+    ties = (costs == costs[costs.argmin()]).nonzero()[0]
     return int(ties[turn % len(ties)])

@@ -7,8 +7,9 @@ A prefill worker is only ever paired with a decode worker of the same fingerprin
 Everything is computed for all workers of a pool at once: arrays are indexed by position in the pool.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -138,7 +139,7 @@ class PrefixAware:
         hits_here = hits[pool.rows]
         needed = blocks_needed(facts, hits_here, pool)
         able = with_room(facts, needed, pool)
-        if facts.ttft_s is None and not able.any():
+        if facts.ttft_s is None and not np.count_nonzero(able):
             return None
         routes = self._routes(facts, hits, hits_here, table)
         decode = decode_cost(
@@ -148,113 +149,119 @@ class PrefixAware:
             in_time = routes.seconds < np.inf
             if facts.tpot_s is not None:
                 in_time &= decode.step <= facts.tpot_s
-            if not in_time.any():
+            if not np.count_nonzero(in_time):
                 late = facts.ttft_s is not None and table.now - facts.arrived >= facts.ttft_s
                 if not late and _idle(table):  # what is believed of them may be wrong, and nobody would wait
                     return self.choose(msgspec.structs.replace(facts, ttft_s=None, tpot_s=None), hits, table)
                 return Reject("no worker can serve the request in time")
             able &= in_time
-        if not able.any():
-            return None
+            if not np.count_nonzero(able):
+                return None
         costs = np.where(able, routes.seconds + self.answer_price * decode.answers + decode.waits, np.inf)
         best = cheapest(costs, table.turn)
         return routes.decision(best, hits, table, float(costs[best]))
 
     def _routes(self, facts: RequestFacts, hits: Ints, hits_here: Ints, table: WorkerTable) -> "_Routes":
         """To each decode worker, the best way to have the prompt computed."""
-        pool, prefill, num_tokens = table.decode, table.prefill, facts.num_tokens
+        pool, num_tokens = table.decode, facts.num_tokens
         left = np.inf if facts.ttft_s is None else facts.ttft_s - (table.now - facts.arrived)
-        uncached_here = np.maximum(1, num_tokens - hits_here)
-        routes = _Routes(pool)
-        if len(prefill):
-            cost = prefill_cost(
-                num_tokens,
-                np.maximum(1, num_tokens - hits[prefill.rows]),
-                prefill,
-                _load(table.demand.on_prefill, prefill, table),
-            )
-            seconds = cost.first + cost.others
-            there: Bools | None = None
-            if facts.excluded:
-                there = ~prefill.among(facts.excluded)
-                seconds = np.where(there, seconds, np.inf)
-            if left < np.inf:
-                seconds = np.where(cost.first <= left, seconds, np.inf)
-            for fingerprint in range(table.num_fingerprints):
-                routes.pair(fingerprint, seconds, cost, there, uncached_here, table)
-        most = np.inf if self.local_prefill_max_tokens is None else self.local_prefill_max_tokens
-        local = ~routes.paired | (uncached_here <= most)
-        if local.any():
-            cost = prefill_cost(num_tokens, uncached_here, pool, _load(table.demand.on_decode, pool, table))
-            # Every sequence that decodes here by then stands still meanwhile.
-            seconds = cost.first + cost.others + self.answer_price * cost.work * pool.num_seqs
-            seconds = np.where(local & (cost.first <= left), seconds, np.inf)
-            routes.prefill_here(seconds, cost)
-        return routes
+        routers = _num_routers(table)
+        handoffs = _handoffs(facts, hits, left, routers, table)
+        # A column for each fingerprint, or for each decode worker.
+        columns: Floats = np.array([handoff.numbers for handoff in handoffs]).T
+        paired: Bools = np.array([handoff.paired for handoff in handoffs])
+        if len(handoffs) > 1:
+            columns, paired = columns[:, pool.fingerprint], paired[pool.fingerprint]
+        seconds, first, wait, setup = columns
+        uncached = np.maximum(1, num_tokens - hits_here)
+        transfer = uncached * pool.transfer_token_s
+        exposed = np.maximum(0.0, np.maximum(pool.pull_wait_s, wait) + transfer - first)
+        seconds = seconds + setup + exposed + LINK_PRICE * transfer
+        most = self.local_prefill_max_tokens
+        local: Bools | None = None if most is None else ~paired | (uncached <= most)
+        if local is not None and not np.count_nonzero(local):
+            return _Routes(seconds, first, handoffs, None, None)
+        cost = prefill_cost(num_tokens, uncached, pool, _load(table.demand.on_decode, pool, routers, table.now))
+        # Every sequence that decodes here by then stands still meanwhile.
+        seconds_here = cost.first + cost.others + self.answer_price * cost.work * pool.num_seqs
+        # Else one decode worker would get all long prompts once prefill workers are full, and they would wait there.
+        here: Bools = (seconds_here <= seconds) & (cost.first <= first + setup + exposed)
+        if local is not None:
+            here &= local
+        if left < np.inf:
+            here &= cost.first <= left
+        return _Routes(np.where(here, seconds_here, seconds), np.where(here, 0.0, first), handoffs, here, cost)
+
+
+class _Handoff(NamedTuple):
+    """From the best prefill worker of a fingerprint: its `position`, the `work` that it has, and `numbers`: seconds
+    until the first token and of delay to other prompts, when the first token is there, until its queue is empty, and
+    to set up a transfer. Infinite where there is none in time; `paired`: there is one, perhaps not in time."""
+
+    paired: bool
+    position: int = -1
+    work: float = 0.0
+    numbers: tuple[float, float, float, float] = (np.inf, np.inf, 0.0, 0.0)
+
+
+def _handoffs(facts: RequestFacts, hits: Ints, left: float, routers: float, table: WorkerTable) -> list[_Handoff]:
+    """By fingerprint."""
+    pool = table.prefill
+    if not len(pool):
+        return [_Handoff(paired=False)] * table.num_fingerprints
+    load = _load(table.demand.on_prefill, pool, routers, table.now)
+    cost = prefill_cost(facts.num_tokens, np.maximum(1, facts.num_tokens - hits[pool.rows]), pool, load)
+    seconds = cost.first + cost.others
+    there = ~pool.among(facts.excluded) if facts.excluded else None
+    if there is not None:
+        seconds = np.where(there, seconds, np.inf)
+    if left < np.inf:
+        seconds = np.where(cost.first <= left, seconds, np.inf)
+    if table.num_fingerprints == 1:
+        return [_best_handoff(seconds, cost, there is None or bool(there.any()), table)]
+    handoffs = []
+    for fingerprint in range(table.num_fingerprints):
+        mine = pool.fingerprint == fingerprint
+        paired = bool((mine if there is None else mine & there).any())
+        handoffs.append(_best_handoff(np.where(mine, seconds, np.inf), cost, paired, table))
+    return handoffs
+
+
+def _best_handoff(seconds: Floats, cost: PrefillCost, paired: bool, table: WorkerTable) -> _Handoff:
+    pool, best = table.prefill, cheapest(seconds, table.turn)
+    least = float(seconds[best])
+    if least == np.inf:
+        return _Handoff(paired)
+    setup = HANDOFF_TOKENS * float(pool.prefill_token_s[best])
+    numbers = (least, float(cost.first[best]), float(pool.wait_s[best]), setup)
+    return _Handoff(paired, best, float(cost.work[best]), numbers)
 
 
 class _Routes:
-    """By decode worker: `seconds` until the first token and of delay to other prompts (inf: no way in time), when the
-    `first` token is there and when the second may be `begun`, the `partner` that prefills (-1: none) and the `work`
-    that is."""
+    """By decode worker: `seconds` until the first token and of delay to other prompts (inf: no way in time), and what
+    of them it spends on `decoding`; whether it prefills `here`, which costs it `cost`."""
 
-    def __init__(self, pool: Pool) -> None:
-        size = len(pool)
-        self.seconds: Floats = np.full(size, np.inf)
-        self.first: Floats = np.zeros(size)
-        self.decoding: Floats = np.zeros(size)  # of the time until then, what the decode worker spends on decoding
-        self.begun: Floats = np.full(size, np.inf)
-        self.work: Floats = np.zeros(size)
-        self.partner: Ints = np.full(size, -1, np.intp)
-        self.paired: Bools = np.zeros(size, np.bool_)  # there is a prefill worker for it, perhaps none in time
-
-    def pair(
+    def __init__(
         self,
-        fingerprint: int,
         seconds: Floats,
-        cost: PrefillCost,
-        there: Bools | None,
-        uncached_here: Ints,
-        table: WorkerTable,
+        decoding: Floats,
+        handoffs: Sequence[_Handoff],
+        here: Bools | None,
+        cost: PrefillCost | None,
     ) -> None:
-        """Decode workers of a fingerprint, with the cheapest prefill worker of the same one."""
-        pool, prefill = table.decode, table.prefill
-        same: Bools | slice = slice(None)
-        if table.num_fingerprints > 1:
-            same = pool.fingerprint == fingerprint
-            mine = prefill.fingerprint == fingerprint
-            seconds = np.where(mine, seconds, np.inf)
-            there = mine if there is None else mine & there
-        self.paired[same] = there is None or bool(there.any())
-        best = cheapest(seconds, table.turn)
-        if seconds[best] == np.inf:
-            return
-        handoff = HANDOFF_TOKENS * prefill.prefill_token_s[best]
-        transfer = uncached_here[same] * pool.transfer_token_s[same]
-        moved = np.maximum(pool.pull_wait_s[same], prefill.wait_s[best]) + transfer
-        exposed = np.maximum(0.0, moved - cost.first[best])
-        self.seconds[same] = seconds[best] + handoff + exposed + LINK_PRICE * transfer
-        self.first[same] = self.decoding[same] = cost.first[best]
-        self.begun[same] = cost.first[best] + handoff + exposed
-        self.work[same] = cost.work[best]
-        self.partner[same] = best
-
-    def prefill_here(self, seconds: Floats, cost: PrefillCost) -> None:
-        # Else one decode worker would get all long prompts once prefill workers are full, and they would wait there.
-        better = (seconds <= self.seconds) & (cost.first <= self.begun)
-        self.partner = np.where(better, -1, self.partner)
-        for mine, other in ((self.seconds, seconds), (self.first, cost.first), (self.work, cost.work)):
-            np.copyto(mine, other, where=better)
-        self.decoding[better] = 0.0
+        self.seconds = seconds
+        self.decoding = decoding
+        self._handoffs = handoffs
+        self._here = here
+        self._cost = cost
 
     def decision(self, decode: int, hits: Ints, table: WorkerTable, cost_s: float) -> RoutingDecision:
-        partner = int(self.partner[decode])
-        if partner >= 0:
-            prefill, reason = partner, "least cost"
-        else:
-            prefill, reason = None, "local prefill is cheaper" if self.paired[decode] else "no prefill worker"
-        predicted = (float(self.first[decode]), float(self.work[decode]), cost_s)
-        return decision(prefill, decode, hits, table, reason, *predicted)
+        handoff, cost = self._handoffs[int(table.decode.fingerprint[decode])], self._cost
+        if cost is None or self._here is None or not self._here[decode]:
+            predicted = (handoff.numbers[1], handoff.work, cost_s)
+            return decision(handoff.position, decode, hits, table, "least cost", *predicted)
+        reason = "local prefill is cheaper" if handoff.paired else "no prefill worker"
+        return decision(None, decode, hits, table, reason, float(cost.first[decode]), float(cost.work[decode]), cost_s)
 
 
 def _idle(table: WorkerTable) -> bool:
@@ -263,24 +270,26 @@ def _idle(table: WorkerTable) -> bool:
     return prefill_idle and bool((table.decode.num_seqs == 0).any())
 
 
-def _load(demand: PrefillDemand, pool: Pool, table: WorkerTable) -> PrefillLoad:
-    """Of one of the pool's workers. What other routers send is taken to be like what this one sends, and as much as
-    their part of the sequences on decode workers."""
-    routers = max(1.0, float(table.decode.num_seqs.sum()) / max(1, table.num_own))
+def _num_routers(table: WorkerTable) -> float:
+    """Whose requests the workers have, if each sends as many as this one: by the sequences on decode workers."""
+    return max(1.0, float(np.add.reduce(table.decode.num_seqs)) / max(1, table.num_own))
+
+
+def _load(demand: PrefillDemand, pool: Pool, routers: float, now: float) -> PrefillLoad:
+    """Of one of the pool's workers. What other routers send is taken to be like what this one sends."""
     per_worker = routers / len(pool)
-    return PrefillLoad(demand.prompts_per_s(table.now) * per_worker, demand.busy_workers(table.now) * per_worker)
+    return PrefillLoad(demand.prompts_per_s(now) * per_worker, demand.busy_workers(now) * per_worker)
 
 
 def blocks_needed(facts: RequestFacts, hits_here: Ints, pool: Pool) -> Floats:
-    """To have free on each decode worker before it gets this request."""
-    needed: Floats = np.ceil(facts.num_reserved_tokens / pool.block_size) - hits_here // pool.block_size
+    """To have free on each decode worker before it gets this request; hits are of whole blocks."""
+    needed: Floats = np.ceil(facts.num_reserved_tokens / pool.block_size) - hits_here / pool.block_size
     return needed
 
 
 def with_room(facts: RequestFacts, needed: Floats, pool: Pool) -> Bools:
     """Decode workers that can hold the request, without those that just failed unless there is no other."""
-    fits = (pool.num_seqs < pool.seq_limit) & (needed <= pool.num_free_blocks)
-    able: Bools = fits | (pool.num_seqs == 0)  # what does not fit in an empty worker never will: let it say so
+    able: Bools = needed <= pool.room
     if facts.excluded:
         rest: Bools = able & ~pool.among(facts.excluded)
         return rest if rest.any() else able

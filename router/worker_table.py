@@ -5,6 +5,7 @@ arrays is one worker. What a worker reports marks it as dirty, and `refresh` bri
 decision. Who is in a pool changes rarely; then the pool is built anew.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ _TRANSFER_PART = 0.1
 _MIN_STEP_S = 1e-5  # steps are divided by
 
 _NUM_MODEL = 5  # columns
-_NUM_DERIVED = 8
+_NUM_DERIVED = 13
 _NUM_COLUMNS = len(WorkerRow._fields) + _NUM_MODEL + _NUM_DERIVED
 
 
@@ -78,6 +79,11 @@ class Pool:
         self.step_s: Floats = columns[22]  # a decode step now
         self.transfer_token_s: Floats = columns[23]  # of its link, for each token of KV that comes
         self.pull_wait_s: Floats = columns[24]  # until what is on its way has come
+        self.room: Floats = columns[25]  # blocks a newcomer may take: none at the limit of sequences, any when idle
+        self.num_coming: Floats = columns[26]  # sequences that do not run yet
+        self.block_part: Floats = columns[27]  # one block's of its memory
+        self.free_part: Floats = columns[28]  # of its memory
+        self.pressure: Floats = columns[29]  # sequences, times the part of its memory that is taken
         for position, state in enumerate(states):
             self._write(state, position)
 
@@ -122,6 +128,8 @@ class Pool:
         seq_tokens = used * row.block_size / max(1, row.num_seqs)
         # Noise in the model must not say that one more sequence is free, or one worker gets all.
         newcomer_s = max(model.decode_s, base_s / max(1, row.max_num_seqs))
+        room: float = row.num_free_blocks if row.num_seqs < row.seq_limit else -1
+        num_blocks = max(1, row.num_blocks)
         self._columns[:, position] = (
             *row,
             base_s,
@@ -130,13 +138,18 @@ class Pool:
             model.decode_s,
             model.kv_token_s,
             wait_s,
-            max(row.num_seqs, used / max(1, row.num_blocks) * row.max_num_seqs),
+            max(row.num_seqs, used / num_blocks * row.max_num_seqs),
             row.num_blocks * row.block_size,
             seq_tokens,
             newcomer_s,
             max(_MIN_STEP_S, base_s + row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)),
             transfer_token_s,
             transfer_token_s * row.num_pull_tokens,
+            room if row.num_seqs else math.inf,  # what does not fit in an empty worker never will: let it say so
+            row.num_seqs - row.num_running,
+            1 / num_blocks,
+            row.num_free_blocks / num_blocks,
+            row.num_seqs * (1 - row.num_free_blocks / num_blocks),
         )
 
 
