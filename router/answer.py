@@ -10,7 +10,8 @@ from typing import Any, Self
 
 import msgspec
 
-from router.choices import Choice, Piece, run_choices
+from router.choices import Choice, Pace, Piece, run_choices
+from router.detokenizer import Decoder
 from router.exchange import Exchange
 from router.generation import DeadlineExceeded, Generator, LoneTokens
 from router.metrics import Histogram, Metrics
@@ -103,8 +104,8 @@ class _Watch:
             self._metrics.num_running += 1
             self._metrics.first_token.observe(now - self._job.received)
         elif not piece.first:
-            self._metrics.inter_token.observe(now - choice.piece_at)
-        choice.piece_at = now
+            self._metrics.inter_token.observe(now - choice.pace.piece_at)
+        choice.pace.piece_at = now
         if piece.finish_reason is not None and choice.stream is not None:
             num_prompt = choice.request.num_prompt_tokens
             self._metrics.finish(choice.stream.timeline, num_prompt, choice.num_tokens, piece.finish_reason, now)
@@ -137,37 +138,40 @@ class _Events(_Watch):
         if self._tail is None or self._format.extras:
             return None
         around = self._format.around(choice.index, self._tail)
-        return _LoneEvents(choice, around, self._exchange, self._metrics.inter_token, self._clock)
+        lone = _LoneEvents(choice.text.decoder, around, self._exchange, self._metrics.inter_token, self._clock)
+        choice.pace = lone
+        return lone
 
     async def room(self) -> None:
         await self._exchange.flush()
 
 
-class _LoneEvents:
+class _LoneEvents(Pace):
     """From lone tokens of a choice to their events. Among many streams a processor's caches are cold at every token:
     so one has to touch few objects, and few of them are its own."""
 
-    __slots__ = ("_after", "_before", "_choice", "_clock", "_decoder", "_exchange", "_inter_token")
+    __slots__ = ("_after", "_before", "_clock", "_decoder", "_exchange", "_inter_token")
 
     def __init__(
         self,
-        choice: Choice,
+        decoder: Decoder,
         around: tuple[bytes, bytes],
         exchange: Exchange,
         inter_token: Histogram,
         clock: Callable[[], float],
     ) -> None:
-        self._choice, self._decoder = choice, choice.text.decoder
+        super().__init__()
+        self._decoder = decoder
         self._before, self._after = around
         self._exchange = exchange
         self._inter_token = inter_token
         self._clock = clock
 
     def take(self, token_id: int) -> bool:
-        text, now, choice = self._decoder.push_token(token_id), self._clock(), self._choice
-        self._inter_token.observe(now - choice.piece_at)
-        choice.piece_at = now
-        choice.num_lone += 1
+        text, now = self._decoder.push_token(token_id), self._clock()
+        self._inter_token.observe(now - self.piece_at)
+        self.piece_at = now
+        self.num_lone += 1
         return not text or self._exchange.write_events(b"".join((self._before, _encode(text), self._after)))
 
 

@@ -15,7 +15,7 @@ from engine.wire import finish_from_pb, logprobs_from_pb
 from protos import worker_pb2 as pb
 from router.cluster_view import Reservation
 from router.generation import Timeline
-from router.session import Sink, WorkerSession
+from router.session import Sink, TakeToken, WorkerSession
 from router.stream import TokenStream
 
 
@@ -44,6 +44,9 @@ class _Leg:
     def open(self, sink: Sink, part: Reservation) -> None:
         self.handle = self.session.open(sink, part)
 
+    def tokens_to(self, take: TakeToken) -> None:
+        self.session.tokens_to(self.handle, take)
+
     def close(self, *, cancel: bool) -> None:
         self.session.close(self.handle, cancel=cancel)
 
@@ -70,7 +73,7 @@ class Attempt:
     """`submit` is what every worker gets, but for handle, timeout and offer; its token_ids are the prompt and every
     token of `stream`. `timeout_ms` is asked when a worker gets it.
 
-    It is itself the sink of its decode worker.
+    It is itself the sink of its decode worker, but once that one is alone lone tokens go straight to the stream.
     """
 
     __slots__ = (
@@ -115,6 +118,7 @@ class Attempt:
         """Both sessions are attached. `on_prefill` is only for a prefill worker."""
         self._decode.open(self, on_decode)
         if self._prefill is None:
+            self._decode.tokens_to(self._stream.accept_token)
             self._submit(self._decode, b"")
         else:
             self._prefill.open(_PrefillSink(self), on_prefill)
@@ -147,7 +151,7 @@ class Attempt:
     def token(self, index: int, token_id: int) -> None:
         if self._stream.accept_token(index, token_id):
             self._finish()
-        elif self._prefill is not None:
+        else:
             self._release_prefill()
 
     def output(self, output: pb.Output) -> None:
@@ -187,6 +191,7 @@ class Attempt:
         if self._prefill is not None and self._handoff_done and arrived:
             self._prefill.close(cancel=False)
             self._prefill = None
+            self._decode.tokens_to(self._stream.accept_token)
 
     def _failed(self, leg: _Leg, error: pb.Error) -> None:
         leg.close(cancel=False)  # it has ended there

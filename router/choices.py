@@ -18,6 +18,17 @@ from router.generation import Delta, GenerationFailed, GenerationStream, Generat
 from router.prompts import Prompt
 
 
+class Pace:
+    """When the last piece of a choice came, in monotonic seconds, and how many of its tokens went to the decoder of its
+    text directly. Whoever takes lone tokens may put one of its own in the place of the choice's."""
+
+    __slots__ = ("num_lone", "piece_at")
+
+    def __init__(self) -> None:
+        self.num_lone = 0
+        self.piece_at = 0.0
+
+
 class Choice(msgspec.Struct, eq=False):
     """`leader` is the choice whose first token this one waits for; None for the first of a prompt."""
 
@@ -29,13 +40,12 @@ class Choice(msgspec.Struct, eq=False):
     leader: "Choice | None" = None
     stream: GenerationStream | None = None  # once started
     finish_reason: FinishReason | None = None
-    piece_at: float = 0.0  # when its last piece came, monotonic seconds
-    num_lone: int = 0  # tokens that went to the decoder of `text` directly
+    pace: Pace = msgspec.field(default_factory=Pace)
 
     @property
     def num_tokens(self) -> int:
         """Of its output, up to a stop string."""
-        return self.text.num_tokens + self.num_lone
+        return self.text.num_tokens + self.pace.num_lone
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):

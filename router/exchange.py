@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from router.errors import ApiError, ClientGone
 
@@ -22,12 +22,18 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 JSON = b"application/json"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-WRITE_CHUNK = "baton.write_chunk"  # ASGI extension: writes a part of a body at once; False: the client does not keep up
+CHUNK_WRITER = "baton.chunk_writer"  # ASGI extension: a ChunkWriter
 MAX_UNSENT_BYTES = 64 * 1024  # of events in one turn of the loop, before their producer has to wait
 LINGER_S = 2.0  # how long what is left of a refused body is read, so that the client gets to see the answer
 
 
 log = logging.getLogger(__name__)
+
+
+class ChunkWriter(Protocol):
+    def write(self, part: bytes) -> bool:
+        """Writes a part of the body at once. False: the client does not keep up."""
+        ...
 
 
 class WriteBatch:
@@ -60,11 +66,11 @@ class Exchange:
     __slots__ = (
         "_batch",
         "_body_read",
+        "_chunks",
         "_flushing",
         "_receive",
         "_send",
         "_unsent",
-        "_write_chunk",
         "_writing",
         "headers",
         "method",
@@ -80,7 +86,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.status: int | None = None
-        self._write_chunk: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_CHUNK)
+        self._chunks: ChunkWriter | None = scope.get("extensions", {}).get(CHUNK_WRITER)
         self._batch = batch
         self._unsent = b""  # events
         self._writing = False  # events go out with the batch: the head has been sent, and the client keeps up
@@ -136,9 +142,9 @@ class Exchange:
 
     def write_kept(self) -> None:
         """Called by the batch."""
-        if self._writing and self._unsent and self._write_chunk is not None:
+        if self._writing and self._unsent and self._chunks is not None:
             self._writing = False  # also if this raises: then what is kept goes with the next flush
-            self._writing = self._write_chunk(self._unsent)
+            self._writing = self._chunks.write(self._unsent)
             self._unsent = b""
 
     async def flush(self) -> None:
@@ -148,7 +154,7 @@ class Exchange:
             await self._start_events()
             events, self._unsent = self._unsent, b""
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
-            self._writing = self._write_chunk is not None and not self._unsent
+            self._writing = self._chunks is not None and not self._unsent
 
     async def end_events(self, events: bytes) -> None:
         """Send the last events and end the stream."""

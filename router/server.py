@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from router.exchange import WRITE_CHUNK
+from router.exchange import CHUNK_WRITER
 
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _CHUNK_HEADS = tuple(b"%x\r\n" % size for size in range(1024))  # by size; an event of one token has some 200 bytes
@@ -87,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self.scope["extensions"] = {WRITE_CHUNK: self._chunks.write}  # type: ignore[dict-item]
+        self.scope["extensions"] = {CHUNK_WRITER: self._chunks}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:

@@ -35,11 +35,14 @@ class SessionConfig:
     max_backoff_s: float = 2.0
 
 
+TakeToken = Callable[[int, int], object]
+
+
 class Sink(Protocol):
     """Where what a worker says about one handle goes. Called on the loop; must not block."""
 
     def token(self, index: int, token_id: int) -> None:
-        """An output of this one token, and of nothing else."""
+        """An output of this one token, and of nothing else; unless those go elsewhere: see `tokens_to`."""
         ...
 
     def output(self, output: pb.Output) -> None: ...
@@ -91,6 +94,7 @@ class WorkerSession:
         self._clock = clock
         self._handles = itertools.count(1)
         self._sinks: dict[int, Sink] = {}
+        self._take_token: dict[int, TakeToken] = {}  # of the same handles
         self._sent: set[int] = set()
         self._retired = False
         self._stream: MessageStream | None = None
@@ -119,8 +123,14 @@ class WorkerSession:
         assert self.state is not None
         handle = next(self._handles)
         self._sinks[handle] = sink
+        self._take_token[handle] = sink.token
         self.state.reserve(handle, part)
         return handle
+
+    def tokens_to(self, handle: int, take: TakeToken) -> None:
+        """From now on the sink of an open handle leaves lone tokens to `take`, with their indices."""
+        if handle in self._take_token:
+            self._take_token[handle] = take
 
     def submit(self, handle: int, template: pb.Submit, timeout_ms: int, offer: bytes) -> None:
         """Send a request whose handle is open: `template` with these fields set."""
@@ -136,6 +146,7 @@ class WorkerSession:
 
     def close(self, handle: int, *, cancel: bool) -> None:
         """Hear no more of `handle`; with `cancel` the worker drops it too. Idempotent."""
+        self._take_token.pop(handle, None)
         if self._sinks.pop(handle, None) is None or self.state is None:
             return
         self.state.counted(handle)
@@ -253,15 +264,15 @@ class WorkerSession:
         self._listener.session_reported(self)
 
     def _hand_out(self, state: WorkerState, frame: pb.Frame) -> None:
-        sinks, tokens = self._sinks, frame.tokens
+        tokens, sinks, take_token = frame.tokens, self._sinks, self._take_token
         handles = list(tokens.handles)
         if state.has_pending:
             for handle in handles:
                 state.counted(handle)
         for handle, index, token_id in zip(handles, tokens.indices, tokens.token_ids, strict=True):
-            sink = sinks.get(handle)
-            if sink is not None:
-                sink.token(index, token_id)
+            take = take_token.get(handle)
+            if take is not None:
+                take(index, token_id)
         for output in frame.outputs:
             handle = output.handle
             sink = sinks.get(handle)
@@ -312,6 +323,7 @@ class WorkerSession:
             return False
         self.state = None
         sinks, self._sinks = self._sinks, {}
+        self._take_token.clear()
         self._sent.clear()
         self._listener.session_lost(self, reason)
         for sink in sinks.values():

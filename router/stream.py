@@ -23,6 +23,7 @@ class TokenStream:
     """Implements router.generation.GenerationStream. One consumer, on the dispatcher's loop."""
 
     __slots__ = (
+        "_armed",
         "_clock",
         "_consumer",
         "_early",
@@ -59,6 +60,7 @@ class TokenStream:
         self._consumer: Callable[[Delta], bool] | None = None  # while there is a waiter
         self._interval = 1  # likewise, else 1: tokens that the consumer takes at once
         self._lone: LoneTokens | None = None  # likewise, and where the consumer has one
+        self._armed: LoneTokens | None = None  # that, while the next token goes there: `_num_taken` lags behind then
         self._on_close: Callable[[], None] | None = None
 
     def on_close(self, callback: Callable[[], None]) -> None:
@@ -76,6 +78,7 @@ class TokenStream:
 
         The lists are the stream's from then on.
         """
+        self._disarm()
         num_known = len(self.token_ids)
         if index > num_known:
             early = self._early = self._early or {}
@@ -93,25 +96,23 @@ class TokenStream:
 
     def accept_token(self, index: int, token_id: int) -> bool:
         """`accept` of one token and nothing else, the short way for nearly all tokens of a stream."""
-        token_ids = self.token_ids
-        if not index or index != len(token_ids) or self._early is not None or self._ended:
-            return self.accept(index, [token_id], [], None)
-        if index + 1 - self._num_taken < self._interval:
+        lone, token_ids = self._armed, self.token_ids
+        if lone is None:
+            waits = index + 1 - self._num_taken < self._interval and index == len(token_ids)
+            if waits and self._num_taken and self._early is None and not self._ended:
+                token_ids.append(token_id)
+                return False
+        elif index == len(token_ids):
             token_ids.append(token_id)
+            try:
+                if lone.take(token_id):
+                    return False
+            except Exception as error:  # the consumer's, not of the worker whose frame this is
+                self._answer_waiter(error)
+            else:
+                self._answer_waiter(False)
             return False
-        lone, waiter = self._lone, self._waiter
-        if lone is None or waiter is None or waiter.done():
-            return self.accept(index, [token_id], [], None)
-        token_ids.append(token_id)
-        self._num_taken = index + 1
-        try:
-            more = lone.take(token_id)
-        except Exception as error:  # the consumer's, not of the worker whose frame this is
-            waiter.set_exception(error)
-        else:
-            if not more and not waiter.done():
-                waiter.set_result(False)
-        return False
+        return self.accept(index, [token_id], [], None)
 
     def _append_early(self, early: dict[int, _Piece]) -> None:
         while early and (first := min(early)) <= len(self.token_ids):
@@ -125,12 +126,14 @@ class TokenStream:
         self._early = None
 
     def finish(self, reason: FinishReason) -> None:
+        self._disarm()
         self._finish_reason, self._ended = reason, True
         self._wake()
 
     def fail(self, error: Exception) -> None:
         """Raised to the consumer after the tokens it has not taken yet. No effect on a finished stream."""
         if not self._ended:
+            self._disarm()
             self._error, self._ended = error, True
             self._wake()
 
@@ -175,6 +178,7 @@ class TokenStream:
             self._on_close()
         if self.token_ids and self.timeline.last_token is None:
             self.timeline.last_token = self._clock()
+        self._disarm()
         self._num_taken, self._logprobs = len(self.token_ids), _NOTHING
         self._finish_reason, self._error, self._ended = None, None, True
         self._wake()
@@ -208,11 +212,33 @@ class TokenStream:
         self._consumer, self._interval = take, interval
         self._lone = lone if interval == 1 else None
         self._waiter = asyncio.get_running_loop().create_future()
+        self._arm()
         try:
             return await self._waiter
         finally:
+            self._disarm()
             self._consumer = self._lone = self._waiter = None
             self._interval = 1
+
+    def _arm(self) -> None:
+        """The consumer has everything and waits: the next token, if it is a lone one, goes to it directly."""
+        if self._num_taken and self._early is None:
+            self._armed = self._lone
+
+    def _disarm(self) -> None:
+        if self._armed is not None:
+            self._armed, self._num_taken = None, len(self.token_ids)
+
+    def _answer_waiter(self, answer: bool | Exception) -> None:
+        """What it waits for; it has all tokens, and is not waiting any more. Unless it has been cancelled meanwhile."""
+        waiter = self._waiter
+        self._disarm()
+        if waiter is None or waiter.done():
+            return
+        if isinstance(answer, Exception):
+            waiter.set_exception(answer)
+        else:
+            waiter.set_result(answer)
 
     def _wake(self) -> None:
         waiter, consumer, more = self._waiter, self._consumer, True
@@ -225,7 +251,9 @@ class TokenStream:
             try:
                 more = consumer(delta)
             except Exception as error:  # the consumer's, not of the worker whose frame this is
-                waiter.set_exception(error)
+                self._answer_waiter(error)
                 return
-        if (self._ended or not more) and not waiter.done():
-            waiter.set_result(more)
+        if self._ended or not more:
+            self._answer_waiter(more)
+        elif not waiter.done():
+            self._arm()

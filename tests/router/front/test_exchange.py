@@ -1,15 +1,16 @@
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-from router.exchange import MAX_UNSENT_BYTES, WRITE_CHUNK, Exchange, Send, WriteBatch
+from router.exchange import CHUNK_WRITER, MAX_UNSENT_BYTES, Exchange, Send, WriteBatch
 
 
 def make_exchange(write: Callable[[bytes], bool], send: Send, batch: WriteBatch) -> Exchange:
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    scope = {"method": "POST", "path": "/", "headers": [], "extensions": {WRITE_CHUNK: write}}
+    scope = {"method": "POST", "path": "/", "headers": [], "extensions": {CHUNK_WRITER: SimpleNamespace(write=write)}}
     return Exchange(scope, receive, send, lambda: "id", batch)
 
 
