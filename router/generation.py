@@ -88,9 +88,9 @@ class GenerationStream(Protocol):
 
         `lone`, where given, may get in its place what is a delta by itself: one token, and not the first. After the
         first token, `interval` of them are awaited for a delta. Neither call may block; what is not taken now comes
-        together in the next call's first delta. A call that has been cancelled may still get what comes before the loop's
-        next turn. Returns whether somebody wanted no more. Raises what they raise, and
-        InvalidRequest, DeadlineExceeded, GenerationFailed or Overloaded.
+        together in the next call's first delta. A call that has been cancelled may still get what comes before the
+        loop's next turn. Returns whether somebody wanted no more. Raises what they raise, and InvalidRequest,
+        DeadlineExceeded, GenerationFailed or Overloaded.
         """
         ...
 
