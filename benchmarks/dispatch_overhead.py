@@ -18,6 +18,7 @@ from engine.message_server import MessageServer
 from engine.message_stream import MessageStream
 from engine.request import Request, RequestId, SamplingParams
 from engine.session import SERVICE
+from engine.wire import lone_tokens_to_bytes
 from protos import worker_pb2 as pb
 from router.dispatcher import Dispatcher, DispatcherConfig
 from router.membership import Joined, Left
@@ -70,7 +71,7 @@ class SteppingWorker:
             frame = self._step(running, fresh)
 
     def _step(self, running: dict[int, list[int]], fresh: list[pb.Submit]) -> pb.Frame:
-        outputs, tokens = [], pb.Tokens()
+        outputs, tokens = [], []
         for submit in fresh:
             if self._role == "prefill":
                 outputs.append(pb.Output(handle=submit.handle, offer=b"x" * 64, index=0, token_ids=[1]))
@@ -80,9 +81,7 @@ class SteppingWorker:
             index, max_tokens = state
             state[0] += 1
             if index > 1 and index + 1 < max_tokens:
-                tokens.handles.append(handle)
-                tokens.indices.append(index)
-                tokens.token_ids.append(index)
+                tokens.append((handle, index, index))
                 continue
             output = pb.Output(handle=handle, index=index, token_ids=[index], handoff_done=index == 1)
             if index + 1 == max_tokens:
@@ -90,7 +89,7 @@ class SteppingWorker:
                 del running[handle]
             outputs.append(output)
         fresh.clear()
-        return pb.Frame(outputs=outputs, tokens=tokens)
+        return pb.Frame(outputs=outputs, tokens=lone_tokens_to_bytes(tokens))
 
 
 class Listed:

@@ -12,7 +12,7 @@ from engine.errors import InvalidRequest
 from engine.kv.cache import KvCache
 from engine.request import Request, RequestId
 from engine.session import SessionId
-from engine.wire import finish_to_pb, logprobs_to_pb, request_from_pb
+from engine.wire import LoneToken, finish_to_pb, logprobs_to_pb, lone_tokens_to_bytes, request_from_pb
 from protos import worker_pb2 as pb
 
 
@@ -32,7 +32,7 @@ class Client:
 class _Draft:
     fresh: bool = True  # nothing sent yet: the next frame describes the worker
     outputs: dict[int, pb.Output] = field(default_factory=dict)  # by handle
-    tokens: list[tuple[int, int, int]] = field(default_factory=list)  # handle, index, token id; said before `outputs`
+    tokens: list[LoneToken] = field(default_factory=list)  # said before `outputs`
 
 
 class Clients:
@@ -149,10 +149,7 @@ class Clients:
                 continue
             frame = pb.Frame(load=load, outputs=draft.outputs.values())
             if draft.tokens:
-                handles, indices, token_ids = zip(*draft.tokens, strict=True)
-                frame.tokens.handles.extend(handles)
-                frame.tokens.indices.extend(indices)
-                frame.tokens.token_ids.extend(token_ids)
+                frame.tokens = lone_tokens_to_bytes(draft.tokens)
             if draft.fresh:  # the snapshot holds the events drained now, and makes the router exact
                 frame.description.CopyFrom(self._description)
                 frame.kv_snapshot.next_event_number = kv.next_event_number

@@ -4,12 +4,21 @@ What arrives is checked where it is used: `Engine.submit` refuses a request that
 trusts a size or an id.
 """
 
+from collections.abc import Iterable, Iterator
+from itertools import starmap
+from struct import Struct
+from typing import cast
+
 from engine.executors.base import TokenLogprobs
 from engine.kv.block_hash import bytes_to_tokens, token_bytes
 from engine.request import FinishReason, Request, RequestId, SamplingParams
 from engine.scheduler import EngineLoad
 from engine.step_model import StepModel
 from protos import worker_pb2 as pb
+
+LoneToken = tuple[int, int, int]  # handle, index, token id
+
+_LONE_TOKEN = Struct("<QII")
 
 _FINISH_TO_PB = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -95,6 +104,18 @@ def request_from_pb(message: pb.Submit, request_id: RequestId) -> Request:
         cache_salt=message.cache_salt,
         adapter=message.adapter,
     )
+
+
+def lone_tokens_to_bytes(tokens: Iterable[LoneToken]) -> bytes:
+    """Frame.tokens."""
+    return b"".join(starmap(_LONE_TOKEN.pack, tokens))
+
+
+def lone_tokens_from_bytes(data: bytes) -> Iterator[LoneToken]:
+    """Raises ValueError for bytes that are no such tokens."""
+    if len(data) % _LONE_TOKEN.size:
+        raise ValueError(f"{len(data)} bytes are no tokens of {_LONE_TOKEN.size}")
+    return cast("Iterator[LoneToken]", _LONE_TOKEN.iter_unpack(data))
 
 
 def logprobs_to_pb(logprobs: TokenLogprobs) -> pb.TokenLogprobs:

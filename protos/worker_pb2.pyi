@@ -126,18 +126,8 @@ class Frame(_message.Message):
     kv_snapshot: KvSnapshot
     sent_us: int
     kv_events_us: int
-    tokens: Tokens
-    def __init__(self, number: _Optional[int] = ..., description: _Optional[_Union[Description, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., kv_event_number: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., sent_us: _Optional[int] = ..., kv_events_us: _Optional[int] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ...) -> None: ...
-
-class Tokens(_message.Message):
-    __slots__ = ("handles", "indices", "token_ids")
-    HANDLES_FIELD_NUMBER: _ClassVar[int]
-    INDICES_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    handles: _containers.RepeatedScalarFieldContainer[int]
-    indices: _containers.RepeatedScalarFieldContainer[int]
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, handles: _Optional[_Iterable[int]] = ..., indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    tokens: bytes
+    def __init__(self, number: _Optional[int] = ..., description: _Optional[_Union[Description, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., kv_event_number: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., sent_us: _Optional[int] = ..., kv_events_us: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
 
 class Description(_message.Message):
     __slots__ = ("worker_id", "role", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "kv_bytes_per_token")

@@ -14,9 +14,10 @@ from engine.errors import InvalidRequest
 from engine.wire import finish_from_pb, logprobs_from_pb
 from protos import worker_pb2 as pb
 from router.cluster_view import Reservation
-from router.generation import Timeline
 from router.session import Sink, TakeToken, WorkerSession
 from router.stream import TokenStream
+
+_OF_PREFILL = frozenset(("queued_us", "prefill_us", "cached_tokens"))  # fields of Timing
 
 
 class AttemptOwner(Protocol):
@@ -222,20 +223,13 @@ class Attempt:
     def _note_timing(self, timing: pb.Timing, *, prefilled: bool) -> None:
         """`prefilled`: by this worker. Of a retried request, the prompt's cache hit stays the first attempt's."""
         timeline = self._stream.timeline
-        if prefilled:
-            if timing.HasField("cached_tokens") and self._first_index == 0:
-                timeline.cached_tokens = timing.cached_tokens
-            _set_seconds(timeline, timing, ("queued", "prefill"))
-        _set_seconds(timeline, timing, ("decode", "transfer", "exposed"))
-        for name in ("transfer_blocks", "transfer_bytes", "transport"):
-            if timing.HasField(name):
-                setattr(timeline, name, getattr(timing, name))
-
-
-def _set_seconds(timeline: Timeline, timing: pb.Timing, names: tuple[str, ...]) -> None:
-    for name in names:
-        if timing.HasField(f"{name}_us"):
-            setattr(timeline, f"{name}_s", getattr(timing, f"{name}_us") / 1e6)
+        for field, value in timing.ListFields():
+            name = field.name
+            if (name in _OF_PREFILL and not prefilled) or (name == "cached_tokens" and self._first_index):
+                continue
+            if name.endswith("_us"):
+                name, value = f"{name[:-3]}_s", value / 1e6
+            setattr(timeline, name, value)
 
 
 def _refusal(error: pb.Error) -> InvalidRequest:

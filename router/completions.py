@@ -69,7 +69,7 @@ class Planner:
             for prompt in prompts
         ]
         envelope = self._envelope("cmpl", body, arrival, model, logprobs=body.logprobs is not None)
-        choices = self._choices(prompts, params, body, arrival)
+        choices = self._choices(envelope.id, prompts, params, body, arrival)
         return Job(
             choices=choices,
             format=CompletionFormat(envelope, self._tokenizer, hide_output=only_prompt),
@@ -99,7 +99,7 @@ class Planner:
         )
         envelope = self._envelope("chatcmpl", body, arrival, model, logprobs=bool(body.logprobs))
         return Job(
-            choices=self._choices([prompt], [params], body, arrival),
+            choices=self._choices(envelope.id, [prompt], [params], body, arrival),
             format=ChatFormat(envelope, self._tokenizer),
             envelope=envelope,
             stream=bool(body.stream),
@@ -129,12 +129,16 @@ class Planner:
         )
 
     def _choices(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], body: SamplingFields, arrival: Arrival
+        self,
+        answer_id: str,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        body: SamplingFields,
+        arrival: Arrival,
     ) -> list[Choice]:
         n = params[0].n
         if len(prompts) * n > MAX_CHOICES:
             raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}", param="n")
-        base = f"{self._draw_bits(128):032x}"
         salt = _salt(body, arrival)
         stops = StopStrings(params[0].stop)
         choices: list[Choice] = []
@@ -142,7 +146,7 @@ class Planner:
             leader, seed = None, request_seed(each, self._draw_bits)
             for i in range(n):
                 request = Request(
-                    id=RequestId(f"{base}-{len(choices)}"),
+                    id=RequestId(f"{answer_id}-{len(choices)}"),
                     token_ids=prompt.token_ids,
                     num_prompt_tokens=len(prompt.token_ids),
                     params=each,

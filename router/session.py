@@ -16,6 +16,7 @@ from typing import Protocol
 from engine.errors import WorkerLost
 from engine.message_stream import MessageStream, StreamLost, connect
 from engine.session import SERVICE
+from engine.wire import lone_tokens_from_bytes
 from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, Reservation, WorkerState
 from router.index_lag import IndexLag
@@ -264,12 +265,14 @@ class WorkerSession:
         self._listener.session_reported(self)
 
     def _hand_out(self, state: WorkerState, frame: pb.Frame) -> None:
-        tokens, sinks, take_token = frame.tokens, self._sinks, self._take_token
-        handles = list(tokens.handles)
-        if state.has_pending:
-            for handle in handles:
+        sinks, take_token, pending = self._sinks, self._take_token, state.has_pending
+        try:
+            tokens = lone_tokens_from_bytes(frame.tokens)
+        except ValueError as error:
+            raise WorkerLost(f"it sent tokens that are none: {error}") from None
+        for handle, index, token_id in tokens:
+            if pending:
                 state.counted(handle)
-        for handle, index, token_id in zip(handles, tokens.indices, tokens.token_ids, strict=True):
             take = take_token.get(handle)
             if take is not None:
                 take(index, token_id)

@@ -7,6 +7,7 @@ construct a collision; whoever reuses a block compares its tokens all the same.
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from struct import unpack
 
@@ -15,6 +16,7 @@ from xxhash import xxh3_64_digest
 TOKEN_BYTES = 4
 
 
+@lru_cache(1024)
 def chain_seed(secret: str, model: str, adapter: str, salt: str) -> int:
     """The link before the first block. Fields are length-prefixed, so no two combinations are the same bytes."""
     state = blake2b(digest_size=8, person=b"baton-block-hash")

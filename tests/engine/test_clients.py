@@ -4,6 +4,7 @@ from engine.kv.block_hash import token_bytes
 from engine.kv.cache import KvCache
 from engine.request import FinishReason
 from engine.session import SessionId
+from engine.wire import lone_tokens_from_bytes
 from protos import worker_pb2 as pb
 
 
@@ -42,7 +43,6 @@ def test_lone_tokens_travel_as_numbers_and_others_with_what_else_is_said_of_thei
     clients.say_token(TokenOutput(three, 8, 80, finish_reason=FinishReason.LENGTH))
     clients.flush(pb.Load(), KvCache(4, 4), 0.0)
     [frame] = frames
-    tokens = frame.tokens
-    assert list(zip(tokens.handles, tokens.indices, tokens.token_ids, strict=True)) == [(3, 7, 70), (1, 4, 40)]
+    assert list(lone_tokens_from_bytes(frame.tokens)) == [(3, 7, 70), (1, 4, 40)]
     said = {output.handle: (output.index, list(output.token_ids), output.finish_reason) for output in frame.outputs}
     assert said == {2: (0, [50, 51], 0), 3: (8, [80], pb.FINISH_REASON_LENGTH), 4: (0, [90], 0)}

@@ -19,7 +19,7 @@ from engine.request import Request, RequestId, SamplingParams
 from engine.scheduler import SchedulerConfig
 from engine.session import Attached, Cancelled, Ended, SessionCommand, SessionId, Submitted
 from engine.step_model import StepWork
-from engine.wire import model_from_pb, submit_to_pb
+from engine.wire import lone_tokens_from_bytes, model_from_pb, submit_to_pb
 from kv_transfer.pull import Pulled
 from protos import worker_pb2 as pb
 from tests.fakes import FakeClock, ScriptedExecutor
@@ -137,8 +137,7 @@ class Worker:
 
     def _deliver(self, frames: Mapping[SessionId, pb.Frame]) -> None:
         for router, frame in frames.items():
-            tokens = frame.tokens
-            for handle, index, token_id in zip(tokens.handles, tokens.indices, tokens.token_ids, strict=True):
+            for handle, index, token_id in lone_tokens_from_bytes(frame.tokens):
                 self.answers[router, handle].take(pb.Output(handle=handle, index=index, token_ids=[token_id]))
             for output in frame.outputs:
                 self.answers[router, output.handle].take(output)

@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request, RequestId, SamplingParams
 from engine.wire import (
@@ -9,6 +11,8 @@ from engine.wire import (
     finish_to_pb,
     logprobs_from_pb,
     logprobs_to_pb,
+    lone_tokens_from_bytes,
+    lone_tokens_to_bytes,
     params_from_pb,
     params_to_pb,
     request_from_pb,
@@ -67,3 +71,12 @@ def test_finish_reasons_and_logprobs_map_both_ways() -> None:
         assert finish_from_pb(finish_to_pb(reason)) == reason
     logprobs = TokenLogprobs(5, -0.5, ((5, -0.5), (7, -1.25)))
     assert logprobs_from_pb(logprobs_to_pb(logprobs)) == logprobs
+
+
+def test_lone_tokens_survive_their_bytes_and_other_bytes_are_refused() -> None:
+    tokens = [(1, 2, 3), ((1 << 64) - 1, (1 << 32) - 1, (1 << 32) - 1)]
+    data = lone_tokens_to_bytes(tokens)
+    assert list(lone_tokens_from_bytes(data)) == tokens
+    assert list(lone_tokens_from_bytes(b"")) == []
+    with pytest.raises(ValueError, match="31 bytes"):
+        lone_tokens_from_bytes(data[:-1])

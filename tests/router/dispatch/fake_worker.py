@@ -15,6 +15,7 @@ from engine.kv.block_hash import bytes_to_tokens
 from engine.message_server import MessageServer
 from engine.message_stream import MessageStream
 from engine.session import SERVICE
+from engine.wire import lone_tokens_to_bytes
 from protos import worker_pb2 as pb
 from router.membership import Joined
 
@@ -67,8 +68,7 @@ class Job:
         frame = pb.Frame(outputs=[output])
         plain = pb.Output(handle=handle, index=output.index, token_ids=output.token_ids)
         if len(output.token_ids) == 1 and output == plain:  # as workers do
-            tokens = pb.Tokens(handles=[handle], indices=[output.index], token_ids=output.token_ids)
-            frame = pb.Frame(tokens=tokens)
+            frame = pb.Frame(tokens=lone_tokens_to_bytes([(handle, output.index, output.token_ids[0])]))
         self.session.frames.put_nowait(frame)
 
 
