@@ -9,7 +9,8 @@ one at a time.
 CPU is that of the router's processes. Latencies depend on what else the machine does; the floor is the median of
 requests one after another, as the client sees it, and less what the workers say that they queued, computed and moved.
 Beside the CPU of an output token stands its own floor: a bare server on the router's core that writes as many bytes to
-as many connections, as often.
+as many connections, as often. A shared machine's cores are fast and slow by turns, so beside each figure stands how much
+slower than at its best during the benchmark the router's core was meanwhile, and the figure that this makes.
 
     python -m benchmarks.frontend --help
 """
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ import uvloop
 
 from baton.demo_model import demo_model
 from benchmarks._bare_writes import write_floor
+from benchmarks._core_speed import CoreSpeed
 from cluster.launcher import LocalCluster
 from cluster.spec import ClusterSpec
 from router.tokenizer import load_tokenizer
@@ -83,6 +86,7 @@ class Measured:
     latencies: list[float]  # seconds, of each request
     elapsed: float
     cpu: float = 0.0  # seconds of the router
+    slowdown: float = 1.0  # of its core meanwhile
     firsts: list[float] = field(default_factory=list)  # seconds to the first byte of each answer
     workers: list[dict[str, float]] = field(default_factory=list)  # seconds by name, of each request
 
@@ -260,9 +264,12 @@ class Prompts:
 
 
 class Bench:
-    def __init__(self, url: str, router: Router, pool: ProcessPoolExecutor, prompts: Prompts, stream: bool) -> None:
+    def __init__(
+        self, url: str, router: Router, speed: CoreSpeed, pool: ProcessPoolExecutor, prompts: Prompts, stream: bool
+    ) -> None:
         self._url = url
         self._router = router
+        self._speed = speed
         self._pool = pool
         self._prompts = prompts
         self._stream = stream
@@ -271,9 +278,10 @@ class Bench:
         self, client: Any, num_connections: int, num_requests: int, num_output: int, *, timeline: bool = False
     ) -> Measured:
         load = Load(self._url, self._prompts.make(num_requests), num_connections, num_output, self._stream, timeline)
-        before = self._router.cpu()
+        before, began = self._router.cpu(), time.monotonic()
         measured = await asyncio.get_running_loop().run_in_executor(self._pool, partial(generate, client, load))
-        return replace(measured, cpu=self._router.cpu() - before)
+        cpu = self._router.cpu() - before
+        return replace(measured, cpu=cpu, slowdown=self._speed.slowdown(began, time.monotonic()))
 
     async def at(self, name: str, client: Any, num_connections: int, num_requests: int, num_output: int) -> None:
         got = await self.run(client, num_connections, num_requests, num_output)
@@ -282,7 +290,7 @@ class Bench:
         print(
             f"{name:>7} {num_connections:4d} connections: {each_ms:5.2f} ms CPU a request "
             f"({each_ms / TARGET_REQUEST_MS:4.2f} of the target {TARGET_REQUEST_MS}), "
-            f"{num_requests / got.elapsed:5.0f} requests/s, "
+            f"{_at_best(each_ms, got.slowdown)}, {num_requests / got.elapsed:5.0f} requests/s, "
             f"p50 {1e3 * statistics.median(ranked):6.2f} ms, p99 {1e3 * ranked[int(0.99 * len(ranked))]:6.2f} ms",
             flush=True,
         )
@@ -301,7 +309,8 @@ class Bench:
             seen_ms, front_ms = (1e3 * statistics.median(values) for values in (latencies, front))
             print(
                 f"latency floor, {name}: {seen_ms:.2f} ms, less the workers' time {front_ms:.2f} ms "
-                f"({front_ms / TARGET_FLOOR_MS:.2f} of the target {TARGET_FLOOR_MS})",
+                f"({front_ms / TARGET_FLOOR_MS:.2f} of the target {TARGET_FLOOR_MS}), "
+                f"{_at_best(front_ms, got.slowdown)}",
                 flush=True,
             )
 
@@ -315,10 +324,15 @@ class Bench:
         floor_us = 1e6 * await write_floor(num_connections, per_second, cores, self._pool)
         print(
             f"long streams, {num_connections} connections, {long} tokens: {token_us:.1f} us CPU an output token "
-            f"({token_us / TARGET_TOKEN_US:.2f} of the target {TARGET_TOKEN_US:.0f}), {per_second:.0f} tokens/s; "
+            f"({token_us / TARGET_TOKEN_US:.2f} of the target {TARGET_TOKEN_US:.0f}), "
+            f"{_at_best(token_us, many.slowdown)}, {per_second:.0f} tokens/s; "
             f"bare writes {floor_us:.1f} us ({token_us / floor_us:.1f} times that)",
             flush=True,
         )
+
+
+def _at_best(figure: float, slowdown: float) -> str:
+    return f"{figure / slowdown:.2f} at the core's best (now {slowdown:.2f} times as slow)"
 
 
 async def measure(bench: Bench, args: argparse.Namespace) -> None:
@@ -353,14 +367,16 @@ async def main() -> None:
     with (
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+        ExitStack() as stack,
     ):
         async with LocalCluster(make_spec(args, model, str(Path(scratch) / "run"))) as cluster:
             router = Router(cluster.pids["router"])
             pin_apart(router, cluster, args.processes)
+            speed = stack.enter_context(CoreSpeed(os.sched_getaffinity(router.pid)))
             form = f"{'ids' if args.ids else 'text'}, {'whole' if args.whole else 'streamed'}"
             print(f"{args.input} tokens in ({form}), {args.output} out, {args.workers}P{args.workers}D")
             prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
-            await measure(Bench(cluster.url, router, pool, prompts, not args.whole), args)
+            await measure(Bench(cluster.url, router, speed, pool, prompts, not args.whole), args)
 
 
 if __name__ == "__main__":
