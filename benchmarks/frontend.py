@@ -9,8 +9,8 @@ one at a time.
 CPU is that of the router's processes. Latencies depend on what else the machine does; the floor is the median of
 requests one after another, as the client sees it, and less what the workers say that they queued, computed and moved.
 Beside the CPU of an output token stands its own floor: a bare server on the router's core that writes as many bytes to
-as many connections, as often. A shared machine's cores are fast and slow by turns, so beside each figure stands how slow
-the router's core was meanwhile, beside its best during the benchmark, and the figure that this makes.
+as many connections, as often. A shared machine's cores are fast and slow by turns, so beside each figure stands how
+slow the router's core was meanwhile, beside its best during the benchmark, and the figure that this makes.
 
     python -m benchmarks.frontend --help
 """
