@@ -2,9 +2,8 @@
 
 Made by `router.http` for every request and handed to the handlers. Every response carries the request id. Waiting for
 the client is bounded: a body has a size limit and a deadline; stalled readers are the server's (`router.server`).
-Events need no task: where the server lets them be written directly, as `router.server` does, those of all streams are,
-one after another, once in a turn of the loop; the beginning of a stream, and with other servers all of it, is kept
-until the next `flush`.
+Events need no task: `router.server` lets them be written directly, those of all streams one after another, once in a
+turn of the loop; the beginning of a stream is kept until the next `flush`.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 JSON = b"application/json"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-CHUNK_WRITER = "baton.chunk_writer"  # ASGI extension: a ChunkWriter
+CONNECTION = "baton.connection"  # ASGI extension, which the server must have: a Connection
 MAX_UNSENT_BYTES = 64 * 1024  # of events in one turn of the loop, before their producer has to wait
 LINGER_S = 2.0  # how long what is left of a refused body is read, so that the client gets to see the answer
 
@@ -30,7 +29,12 @@ LINGER_S = 2.0  # how long what is left of a refused body is read, so that the c
 log = logging.getLogger(__name__)
 
 
-class ChunkWriter(Protocol):
+class Connection(Protocol):
+    """What ASGI does not have: by it, each of the two would want a task."""
+
+    lost: bool  # the client has left
+    on_lost: Callable[[], None] | None  # called when it leaves
+
     def write(self, part: bytes) -> bool:
         """Writes a part of the body at once. False: the client does not keep up."""
         ...
@@ -66,7 +70,7 @@ class Exchange:
     __slots__ = (
         "_batch",
         "_body_read",
-        "_chunks",
+        "_connection",
         "_flushing",
         "_receive",
         "_send",
@@ -86,7 +90,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.status: int | None = None
-        self._chunks: ChunkWriter | None = scope.get("extensions", {}).get(CHUNK_WRITER)
+        self._connection: Connection = scope["extensions"][CONNECTION]
         self._batch = batch
         self._unsent = b""  # events
         self._writing = False  # events go out with the batch: the head has been sent, and the client keeps up
@@ -142,9 +146,9 @@ class Exchange:
 
     def write_kept(self) -> None:
         """Called by the batch."""
-        if self._writing and self._unsent and self._chunks is not None:
+        if self._writing and self._unsent:
             self._writing = False  # also if this raises: then what is kept goes with the next flush
-            self._writing = self._chunks.write(self._unsent)
+            self._writing = self._connection.write(self._unsent)
             self._unsent = b""
 
     async def flush(self) -> None:
@@ -154,7 +158,7 @@ class Exchange:
             await self._start_events()
             events, self._unsent = self._unsent, b""
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
-            self._writing = self._chunks is not None and not self._unsent
+            self._writing = not self._unsent
 
     async def end_events(self, events: bytes) -> None:
         """Send the last events and end the stream."""
@@ -170,18 +174,17 @@ class Exchange:
     @contextmanager
     def cancel_on_disconnect(self) -> Iterator[None]:
         """Cancels what runs inside when the client closes the connection, and raises ClientGone instead."""
-        inside = asyncio.current_task()
+        inside, connection, gone = asyncio.current_task(), self._connection, False
         assert inside is not None
-        gone = False
 
-        async def watch() -> None:
+        def lost() -> None:
             nonlocal gone
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
             gone = True
             inside.cancel()
 
-        watcher = asyncio.create_task(watch())
+        if connection.lost:
+            raise ClientGone
+        connection.on_lost = lost
         try:
             yield
         except asyncio.CancelledError:
@@ -189,7 +192,7 @@ class Exchange:
                 raise ClientGone from None
             raise
         finally:
-            watcher.cancel()
+            connection.on_lost = None
 
     async def _next_part(self) -> bytes:
         message = await self._receive()

@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from router.exchange import CHUNK_WRITER
+from router.exchange import CONNECTION
 
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _CHUNK_HEADS = tuple(b"%x\r\n" % size for size in range(1024))  # by size; an event of one token has some 200 bytes
@@ -48,13 +48,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._chunks = _ChunkWriter(transport)
+        self._client = _Client(transport)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
+        self._client.leave()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -87,7 +88,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = False, 0
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self.scope["extensions"] = {CHUNK_WRITER: self._chunks}  # type: ignore[dict-item]
+        self.scope["extensions"] = {CONNECTION: self._client}  # type: ignore[dict-item]
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
@@ -96,13 +97,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._chunks.paused = True
+        self._client.paused = True
         self._stall_timer = self.loop.call_later(self._limits.stall_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
-        self._chunks.paused = False
+        self._client.paused = False
         super().resume_writing()
 
     def _await_head(self) -> None:
@@ -116,17 +117,23 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-class _ChunkWriter:
-    """Writes parts of the body of the answer under way on a connection, which is chunked."""
+class _Client:
+    """Implements router.exchange.Connection: the answer under way is chunked."""
 
-    __slots__ = ("_transport", "paused")
+    __slots__ = ("_transport", "lost", "on_lost", "paused")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self.paused = False  # by the transport: the client does not keep up
+        self.lost = False
+        self.on_lost: Callable[[], None] | None = None
+
+    def leave(self) -> None:
+        self.lost = True
+        if self.on_lost is not None:
+            self.on_lost()
 
     def write(self, part: bytes) -> bool:
-        """False: the client does not keep up."""
         transport, size = self._transport, len(part)
         if not transport.is_closing():
             head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size

@@ -1,13 +1,12 @@
 """The real HTTP front on a free port of this process, over one engine: what a remote LLM is tested against."""
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 
 from engine.engine import Engine
@@ -17,6 +16,7 @@ from engine.scheduler import SchedulerConfig
 from router.generation import ModelCard, RouteHints
 from router.http import Front, FrontConfig
 from router.metrics import Metrics
+from router.server import ServerConfig, serve
 from router.stream import TokenStream
 from router.tokenizer import Tokenizer
 
@@ -63,31 +63,35 @@ class Serving:
     """Answers at `url` from `start` to `stop`; `generator` is there to look at."""
 
     def __init__(self, executor: Executor, tokenizer: Tokenizer, model: str) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0))  # listens from here on, so nobody needs to wait
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.url = ""
         engine = Engine(executor, SchedulerConfig(), secret="", model=model)
         self.generator = EngineGenerator(engine)
         card = ModelCard(model, executor.vocab_size, executor.max_model_len, executor.eos_token_ids)
         metrics = Metrics(CollectorRegistry(), model)
         self._front = Front(self.generator, card, tokenizer, metrics, FrontConfig())
-        config = uvicorn.Config(self._front, lifespan="off", log_level="warning", timeout_graceful_shutdown=5)
-        self._server = uvicorn.Server(config)
+        self._stop = asyncio.Event()
+        self._loop: Future[asyncio.AbstractEventLoop] = Future()  # once it listens
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
     def start(self) -> None:
         self._thread.start()
+        self._loop.result(30)
 
     def stop(self) -> None:
-        self._server.should_exit = True
+        self._loop.result().call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
         assert not self._thread.is_alive()
         self._front.close()
-        self._socket.close()
 
     async def _serve(self) -> None:
         stepping = asyncio.create_task(self.generator.run())
-        await self._server.serve(sockets=[self._socket])
+        config = ServerConfig(drain_s=5)
+        await serve(self._front, "127.0.0.1", 0, stop=self._stop, started=self._listens, config=config)
         stepping.cancel()
+
+    def _listens(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._loop.set_result(asyncio.get_running_loop())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from router.exchange import CONNECTION
 from router.generation import ModelCard
 from router.http import Front, FrontConfig
 from router.metrics import Metrics
@@ -400,7 +402,10 @@ def test_no_body_makes_a_server_error(tokenizer: Tokenizer, prompt: Any, message
             if "status" in message:
                 statuses.append(message["status"])
 
-        await front({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send)
+        connection = SimpleNamespace(lost=False, on_lost=None, write=lambda _part: True)
+        extensions = {CONNECTION: connection}
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "extensions": extensions}
+        await front(scope, receive, send)
         return statuses[0]
 
     for path, body in (

@@ -3,15 +3,23 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from router.exchange import CHUNK_WRITER, MAX_UNSENT_BYTES, Exchange, Send, WriteBatch
+import pytest
+
+from router.errors import ClientGone
+from router.exchange import CONNECTION, MAX_UNSENT_BYTES, Exchange, Send, WriteBatch
+
+
+async def nothing(*_: Any) -> Any:
+    await asyncio.Event().wait()
+
+
+def exchange_with(connection: Any, send: Send = nothing, batch: WriteBatch | None = None) -> Exchange:
+    scope = {"method": "POST", "path": "/", "headers": [], "extensions": {CONNECTION: connection}}
+    return Exchange(scope, nothing, send, lambda: "id", batch or WriteBatch())
 
 
 def make_exchange(write: Callable[[bytes], bool], send: Send, batch: WriteBatch) -> Exchange:
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    scope = {"method": "POST", "path": "/", "headers": [], "extensions": {CHUNK_WRITER: SimpleNamespace(write=write)}}
-    return Exchange(scope, receive, send, lambda: "id", batch)
+    return exchange_with(SimpleNamespace(write=write), send, batch)
 
 
 async def test_events_do_not_overtake_those_that_a_flush_holds() -> None:
@@ -101,3 +109,52 @@ async def test_a_connection_that_cannot_be_written_to_holds_up_no_other() -> Non
     assert not one.write_events(b"c")
     await one.flush()
     assert wire == [b"b", b"ac"]
+
+
+class Gone:
+    """A connection whose client leaves when told to."""
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.on_lost: Callable[[], None] | None = None
+
+    def leave(self) -> None:
+        self.lost = True
+        if self.on_lost is not None:
+            self.on_lost()
+
+
+async def answer_until_gone(exchange: Exchange) -> None:
+    with exchange.cancel_on_disconnect():
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_a_client_that_leaves_ends_what_answers_it(before: bool) -> None:
+    client = Gone()
+    if before:
+        client.leave()
+    answering = asyncio.create_task(answer_until_gone(exchange_with(client)))
+    await asyncio.sleep(0)
+    if not before:
+        client.leave()
+    with pytest.raises(ClientGone):
+        await answering
+    assert client.on_lost is None
+
+
+async def test_cancelling_an_answer_is_no_clients_leaving() -> None:
+    answering = asyncio.create_task(answer_until_gone(exchange_with(client := Gone())))
+    await asyncio.sleep(0)
+    answering.cancel()
+    client.leave()  # in the same turn: the cancellation from outside still counts
+    with pytest.raises(asyncio.CancelledError):
+        await answering
+
+
+async def test_a_client_that_leaves_after_its_answer_ends_nothing() -> None:
+    client = Gone()
+    with exchange_with(client).cancel_on_disconnect():
+        pass
+    client.leave()
+    await asyncio.sleep(0)
