@@ -4,19 +4,23 @@ Sequences: each worker in turn stores a sequence of so many blocks, whose first 
 those sequences are looked up. Lengths: every worker holds blocks of its own and a random part of one chain of 2,048
 blocks, which is looked up: as many places where somebody's part ends as there are workers, the worst case. Trace: the
 prompts of a Mooncake trace, each stored on a random worker. Bytes are the growth of the process's resident memory while
-the index fills from hashes that are made and dropped a worker at a time.
+the index fills from hashes that are made and dropped a worker at a time. Memory is had as a router of `baton up` has it:
+in huge pages where there are any.
 
     python -m benchmarks.prefix_index --workers 64 1024 --blocks 1000000 --trace conversation_trace.jsonl
 """
 
 import argparse
 import json
+import os
 import random
+import sys
 import time
 from pathlib import Path
 
 import psutil
 
+from cluster.launcher import ROUTER_ENVIRON
 from router.prefix_index import PrefixIndex
 
 FIND_TARGETS_US = {128: 10, 512: 20, 2048: 25}
@@ -121,4 +125,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not ROUTER_ENVIRON.keys() <= os.environ.keys():  # as a router is started
+        argv = [sys.executable, "-m", "benchmarks.prefix_index", *sys.argv[1:]]
+        os.execve(sys.executable, argv, {**os.environ, **ROUTER_ENVIRON})
     main()

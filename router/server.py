@@ -48,7 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._client = _Client(transport)
+        self._client = ClientConnection(transport)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -117,7 +117,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-class _Client:
+class ClientConnection:
     """Implements router.exchange.Connection: the answer under way is chunked."""
 
     __slots__ = ("_transport", "lost", "on_lost", "paused")

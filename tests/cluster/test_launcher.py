@@ -102,6 +102,10 @@ def test_each_process_gets_the_spec_in_effect_and_its_threads(checkpoint: Path) 
     assert prepared["decode-0"].environ["OMP_NUM_THREADS"] == "3"
     assert prepared["router"].environ["HOME"] == "/h"
     assert prepared["router"].log == Path("/run/logs/router.log")
+    assert prepared["router"].environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert "GLIBC_TUNABLES" not in prepared["decode-0"].environ
+    mine = {"GLIBC_TUNABLES": "glibc.malloc.check=1"}
+    assert commands(spec, Path("/run/spec.yaml"), mine)[0].environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
 
 
 def gpus_of(spec: ClusterSpec, visible: str) -> dict[str, str | None]:

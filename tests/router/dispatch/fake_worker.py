@@ -163,6 +163,11 @@ class FakeWorker:
         for session in self._sessions:
             session.number += 1
 
+    def garble(self) -> None:
+        """Send every session tokens that are none."""
+        for session in self._sessions:
+            session.frames.put_nowait(pb.Frame(tokens=b"no multiple of 16"))
+
     def store(self, hashes: list[int], age_s: float = 0.0) -> None:
         self.hashes += hashes
         for session in self._sessions:

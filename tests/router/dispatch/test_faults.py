@@ -68,7 +68,7 @@ async def test_a_prefill_worker_may_die_after_the_handoff():
 
 
 @pytest.mark.parametrize("point", ["pull", "token"])
-@pytest.mark.parametrize("fault", ["kill", "freeze", "gap"])
+@pytest.mark.parametrize("fault", ["kill", "freeze", "gap", "garbled"])
 async def test_a_decode_worker_that_fails_costs_no_token(point, fault):
     async with cluster(2, 2, silence_s=0.3) as it:
         gates = {each: Gate(index=5 if point == "token" else None) for each in ("d0", "d1")}
@@ -84,8 +84,10 @@ async def test_a_decode_worker_that_fails_costs_no_token(point, fault):
             await it[victim].kill()
         elif fault == "freeze":
             it[victim].freeze()
-        else:
+        elif fault == "gap":
             it[victim].skip_frame()
+        else:
+            it[victim].garble()
         deltas = [delta async for delta in stream]
         assert [token for delta in deltas for token in delta.token_ids] == EXPECTED
         assert [each.token_id for delta in deltas for each in delta.logprobs] == EXPECTED

@@ -1,12 +1,13 @@
 import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from router.errors import ClientGone
 from router.exchange import CONNECTION, MAX_UNSENT_BYTES, Exchange, Send, WriteBatch
+from router.server import ClientConnection
 
 
 async def nothing(*_: Any) -> Any:
@@ -111,17 +112,8 @@ async def test_a_connection_that_cannot_be_written_to_holds_up_no_other() -> Non
     assert wire == [b"b", b"ac"]
 
 
-class Gone:
-    """A connection whose client leaves when told to."""
-
-    def __init__(self) -> None:
-        self.lost = False
-        self.on_lost: Callable[[], None] | None = None
-
-    def leave(self) -> None:
-        self.lost = True
-        if self.on_lost is not None:
-            self.on_lost()
+def client() -> ClientConnection:
+    return ClientConnection(cast(asyncio.Transport, None))  # nothing is written to it
 
 
 async def answer_until_gone(exchange: Exchange) -> None:
@@ -131,30 +123,30 @@ async def answer_until_gone(exchange: Exchange) -> None:
 
 @pytest.mark.parametrize("before", [False, True])
 async def test_a_client_that_leaves_ends_what_answers_it(before: bool) -> None:
-    client = Gone()
+    connection = client()
     if before:
-        client.leave()
-    answering = asyncio.create_task(answer_until_gone(exchange_with(client)))
+        connection.leave()
+    answering = asyncio.create_task(answer_until_gone(exchange_with(connection)))
     await asyncio.sleep(0)
     if not before:
-        client.leave()
+        connection.leave()
     with pytest.raises(ClientGone):
         await answering
-    assert client.on_lost is None
+    assert connection.on_lost is None
 
 
 async def test_cancelling_an_answer_is_no_clients_leaving() -> None:
-    answering = asyncio.create_task(answer_until_gone(exchange_with(client := Gone())))
+    answering = asyncio.create_task(answer_until_gone(exchange_with(connection := client())))
     await asyncio.sleep(0)
     answering.cancel()
-    client.leave()  # in the same turn: the cancellation from outside still counts
+    connection.leave()  # in the same turn: the cancellation from outside still counts
     with pytest.raises(asyncio.CancelledError):
         await answering
 
 
 async def test_a_client_that_leaves_after_its_answer_ends_nothing() -> None:
-    client = Gone()
-    with exchange_with(client).cancel_on_disconnect():
+    connection = client()
+    with exchange_with(connection).cancel_on_disconnect():
         pass
-    client.leave()
+    connection.leave()
     await asyncio.sleep(0)
