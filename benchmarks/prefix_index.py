@@ -4,8 +4,8 @@ Sequences: each worker in turn stores a sequence of so many blocks, whose first 
 those sequences are looked up. Lengths: every worker holds blocks of its own and a random part of one chain of 2,048
 blocks, which is looked up: as many places where somebody's part ends as there are workers, the worst case. Trace: the
 prompts of a Mooncake trace, each stored on a random worker. Bytes are the growth of the process's resident memory while
-the index fills from hashes that are made and dropped a worker at a time. Memory is had as a router of `baton up` has it:
-in huge pages where there are any.
+the index fills from hashes that are made and dropped a worker at a time. Memory is had as by a router of `baton up`: in
+huge pages where there are any.
 
     python -m benchmarks.prefix_index --workers 64 1024 --blocks 1000000 --trace conversation_trace.jsonl
 """
