@@ -1,7 +1,7 @@
 """A whole cluster as processes of this machine: one per router and worker, each started by its command line.
 
-Life: prepare the run directory, start all processes, wait until every worker has joined and the router is ready,
-supervise, stop. What the processes read is the spec in effect, written to the run directory.
+Life: prepare the run directory, start all processes, wait until the router has attached every worker, supervise, stop.
+What the processes read is the spec in effect, written to the run directory.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from router.membership import Joined
 
 START_TIMEOUT_S = 1800.0  # loading a large checkpoint from a slow disk
 READY_INTERVAL_S = 0.1
+ATTACH_S = 10.0  # for the router to attach all workers, once all have joined
 SPEC_NAME = "spec-in-effect.yaml"
 PROGRAM = (sys.executable, "-m", "baton")
 # glibc's malloc then asks for huge pages: to a prefix index of 10 M blocks they are worth a third of its time.
@@ -228,7 +229,8 @@ class LocalCluster:
         ready.result()
 
     async def _ready(self, done: Callable[[str], None]) -> None:
-        missing = {str(worker_id(role, index)) for role in ROLES for index in range(self.spec.pool(role).replicas)}
+        workers = {str(worker_id(role, index)) for role in ROLES for index in range(self.spec.pool(role).replicas)}
+        missing = set(workers)
         registry = open_registry(self.spec)
         try:
             async with contextlib.aclosing(registry.watch()) as events:
@@ -240,19 +242,25 @@ class LocalCluster:
                         break
         finally:
             await registry.aclose()
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+        api_key, loop = read_api_key(self.spec), asyncio.get_running_loop()
+        headers, late_at = {"Authorization": f"Bearer {api_key}"} if api_key else {}, loop.time() + ATTACH_S
+        async with httpx.AsyncClient(timeout=5, trust_env=False, headers=headers) as client:
             while True:
-                if await _answers(client, f"{self.url}/ready"):
+                ready, num_usable = await _router_status(client, f"{self.url}/status")
+                # One that cannot be attached (its log says why) keeps nobody else from serving.
+                if ready and (num_usable == len(workers) or loop.time() > late_at):
                     break
                 await asyncio.sleep(READY_INTERVAL_S)  # nothing would tell when, and it is only at start
         done("router")
 
 
-async def _answers(client: httpx.AsyncClient, url: str) -> bool:
+async def _router_status(client: httpx.AsyncClient, url: str) -> tuple[bool, int]:
+    """Whether it is ready, and how many workers it may use."""
     try:
-        return (await client.get(url)).is_success
-    except httpx.HTTPError:
-        return False
+        status = (await client.get(url)).raise_for_status().json()
+    except (httpx.HTTPError, ValueError):
+        return False, 0
+    return status["ready"], sum(worker["usable"] for worker in status["workers"])
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""Stands in for `python -m baton` under a launcher: workers join the registry, the router answers GET /ready.
+"""Stands in for `python -m baton` under a launcher: workers join the registry, the router answers GET /status.
 
-The spec's `served_model_name` says how it misbehaves: `fail:NAME` makes that process end at start, with a message.
+Each answer says of one more worker that it is attached. The spec's `served_model_name` says how it misbehaves:
+`fail:NAME` makes that process end at start, with a message; with `unattached` the last worker is never attached.
 """
 
 import asyncio
+import itertools
+import json
 import signal
 import sys
 from pathlib import Path
@@ -15,9 +18,16 @@ from cluster.spec_file import load_spec
 
 
 async def route(spec: ClusterSpec) -> None:
+    total = spec.prefill.replicas + spec.decode.replicas
+    most = total - (spec.public_model_name == "unattached")
+    answers = itertools.count(1)
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        number = next(answers)
+        workers = [{"usable": i < min(number, most)} for i in range(total)]
+        body = json.dumps({"ready": True, "workers": workers, "number": number}).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body))
         writer.close()
 
     async with await asyncio.start_server(answer, spec.router.host, spec.router.port):

@@ -38,7 +38,7 @@ async def test_a_cluster_comes_up_serves_and_leaves_no_process(checkpoint: Path)
         pids = cluster.pids
         assert sorted(pids) == ["decode-0", "prefill-0", "prefill-1", "router"]
         async with httpx.AsyncClient(trust_env=False) as client:
-            assert (await client.get(cluster.url)).status_code == 200
+            assert (await client.get(cluster.url)).json()["number"] == 4  # the third said that all three are attached
     assert all(ends_within(pid, 0) for pid in pids.values())
     assert cluster.pids == {}
 
@@ -66,6 +66,16 @@ async def test_a_cluster_that_is_never_ready_is_given_up(checkpoint: Path) -> No
     with pytest.raises(ClusterFailed, match="not ready after"):
         await cluster.__aenter__()
     assert cluster.pids == {}
+
+
+async def test_a_worker_that_is_never_attached_keeps_nobody_from_serving(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.launcher.ATTACH_S", 0.3)
+    spec = spec_for(checkpoint, served_model_name="unattached")
+    async with LocalCluster(spec, program=FAKE, grace_s=10) as cluster, httpx.AsyncClient(trust_env=False) as client:
+        workers = (await client.get(cluster.url)).json()["workers"]
+    assert [worker["usable"] for worker in workers] == [True, False]
 
 
 async def test_two_clusters_do_not_share_a_run_directory(checkpoint: Path) -> None:
