@@ -58,6 +58,7 @@ class SteppingWorker:
             fingerprint="f",
             block_size=16,
             num_blocks=100_000,
+            max_model_len=100_000,
             max_num_seqs=4096,
         )
         frame = pb.Frame(description=described, kv_snapshot=pb.KvSnapshot())

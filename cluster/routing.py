@@ -24,4 +24,4 @@ def _answer_price(router: RouterSpec) -> float:
 
 
 def placement_config(router: RouterSpec) -> PlacementConfig:
-    return PlacementConfig(AdmissionConfig(max_queue=router.max_queue))
+    return PlacementConfig(AdmissionConfig(router.max_queue, router.max_running))

@@ -163,7 +163,10 @@ class RouterSpec(Section):
     slo: SloSpec = Field(
         SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429 at once"
     )
-    max_queue: Count = Field(1024, description="requests in the house before new ones get 429")
+    max_queue: Count = Field(1024, description="requests waiting for a worker before new ones get 429")
+    max_running: Count | None = Field(
+        None, description="requests on workers at once, by each router; null: as many as workers take"
+    )
     request_timeout_s: Seconds = Field(600, description="longest life of a request")
     api_key_file: FilePath | None = Field(None, description="file with the key clients must send; null: no key")
     max_body_bytes: Size = Field(32 << 20, description="longest request body")

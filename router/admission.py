@@ -17,7 +17,8 @@ from router.fairness import FairQueue, Place
 
 T = TypeVar("T")
 
-_RATE_WINDOW = 128  # completions that show how fast the queue moves
+_RATE_WINDOW = 128  # completions that show how fast the queue moves, at most
+_RATE_WINDOW_S = 60.0  # older ones say nothing of now
 _MIN_RETRY_AFTER_S = 1.0
 _MAX_RETRY_AFTER_S = 60.0
 
@@ -25,7 +26,7 @@ _MAX_RETRY_AFTER_S = 60.0
 @dataclass(frozen=True, slots=True)
 class AdmissionConfig:
     max_queue: int = 2048  # waiting requests; the next one is refused
-    max_running: int = 8192  # requests dispatched to workers at once, by this router
+    max_running: int | None = None  # requests that workers have of this router at once; None: as many as they take
 
 
 class Admission(Generic[T]):
@@ -69,7 +70,8 @@ class Admission(Generic[T]):
 
     def head(self) -> T | None:
         """The entry to dispatch next; None when nobody waits or as many run as may."""
-        if not self._queues or len(self._running) >= self._config.max_running:
+        most = self._config.max_running
+        if not self._queues or (most is not None and len(self._running) >= most):
             return None
         return self._queues[min(self._queues)].head().entry
 
@@ -102,9 +104,12 @@ class Admission(Generic[T]):
 
     def retry_after(self) -> float:
         """Seconds until the queue, at its recent speed, has room for one more."""
+        now = self._clock()
+        while self._completions and now - self._completions[0] > _RATE_WINDOW_S:
+            self._completions.popleft()
         if len(self._completions) < 2:
             return _MIN_RETRY_AFTER_S
-        elapsed = self._clock() - self._completions[0]
+        elapsed = now - self._completions[0]
         estimate = elapsed * (len(self._waiting) + 1) / len(self._completions)
         return min(_MAX_RETRY_AFTER_S, max(_MIN_RETRY_AFTER_S, estimate))
 

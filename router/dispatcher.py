@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.errors import InvalidRequest
 from engine.kv.block_hash import chain_seed
 from engine.request import Request
 from protos import worker_pb2 as pb
@@ -76,8 +77,10 @@ class Dispatcher:
         self._clock = clock
         self._placement: Placement[Flight] = Placement(policy, config.placement, clock)
         self._pumping = False
+        self._will_pump = False
         self._flights: set[Flight] = set()
         self._sessions: dict[str, WorkerSession] = {}
+        self._decoders: dict[str, WorkerSession] = {}  # of those, the decode workers'
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the latest session's, by worker id
         self._absent_since = clock()  # of decode workers; meaningful while not ready
         self._absence_timer: asyncio.TimerHandle | None = None
@@ -113,7 +116,7 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         """One decode worker is enough: it can prefill too."""
-        return any(session.usable and session.member.role == DECODE for session in self._sessions.values())
+        return any(session.usable for session in self._decoders.values())
 
     def start(self, request: Request, deadline: float, hints: RouteHints = NO_HINTS) -> TokenStream:
         """See Generator.start. The stream must be iterated to its end or closed."""
@@ -190,9 +193,10 @@ class Dispatcher:
 
     def session_reported(self, session: WorkerSession) -> None:
         self._placement.reported()
-        if self._placement.num_waiting and session.member.role == DECODE:
-            self._pump()
-            self._watch_absence()
+        # Once for all the frames that have come together: a decision takes longer than most frames.
+        if self._placement.num_waiting and session.member.role == DECODE and not self._will_pump:
+            self._will_pump = True
+            asyncio.get_running_loop().call_soon(self._pump_for_reports)
 
     def session_lost(self, session: WorkerSession, reason: str) -> None:
         if self._sessions.get(session.member.worker_id) is session:  # else a successor may be attached already
@@ -237,6 +241,9 @@ class Dispatcher:
             clock=self._clock,
         )
         self._sessions[member.worker_id] = session
+        self._decoders.pop(member.worker_id, None)  # another life may have another role
+        if member.role == DECODE:
+            self._decoders[member.worker_id] = session
         task = sessions.create_task(self._serve(session), name=f"session {member.worker_id}")
         self._tasks[member.worker_id] = task
 
@@ -253,12 +260,18 @@ class Dispatcher:
         finally:
             if self._sessions.get(worker_id) is session:
                 del self._sessions[worker_id], self._tasks[worker_id]
+                self._decoders.pop(worker_id, None)
                 self._placement.detach(worker_id)
             log.info("forgot worker %s at %s", worker_id, session.member.address)
 
-    def _pump(self) -> dict[Flight, Overloaded]:
+    def _pump_for_reports(self) -> None:
+        self._will_pump = False
+        self._pump()
+        self._watch_absence()
+
+    def _pump(self) -> dict[Flight, Exception]:
         """Start what can be placed; the flights that were refused instead, with their errors."""
-        refusals: dict[Flight, Overloaded] = {}
+        refusals: dict[Flight, Exception] = {}
         if self._pumping or self._closed:  # what ends or waits meanwhile is seen by the loop below
             return refusals
         self._pumping = True
@@ -267,6 +280,10 @@ class Dispatcher:
                 flight = outcome.candidate
                 if isinstance(outcome, Placed):
                     self._launch(outcome)
+                elif outcome.retry_after is None:
+                    error = InvalidRequest(outcome.reason, param="prompt", code="context_length_exceeded")
+                    refusals[flight] = error
+                    flight.attempt_refused(error)
                 else:
                     self.counters.refused += 1
                     refusals[flight] = Overloaded(outcome.reason, retry_after=outcome.retry_after)

@@ -14,7 +14,7 @@ import numpy as np
 
 from protos import worker_pb2 as pb
 from router.admission import Admission, AdmissionConfig
-from router.affinity import Affinity
+from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation, WorkerState
 from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
@@ -72,11 +72,11 @@ class Placed(msgspec.Struct, Generic[C], frozen=True):
 
 
 class Refused(msgspec.Struct, Generic[C], frozen=True):
-    """The candidate is out of the queue; `retry_after` in seconds."""
+    """The candidate is out of the queue; `retry_after` in seconds, None where it would never be served."""
 
     candidate: C
     reason: str
-    retry_after: float
+    retry_after: float | None
 
 
 class Placement(Generic[C]):
@@ -93,7 +93,7 @@ class Placement(Generic[C]):
         self._table = WorkerTable()
         self._fresh: list[C] = []  # added since the last pump: as many are refused at most
         self._affinity = Affinity()
-        self._sessions: dict[C, tuple[str, str]] = {}  # of candidates that were placed
+        self._turns: dict[C, Turn] = {}  # of sessions, by the candidate that was placed
 
     @property
     def num_waiting(self) -> int:
@@ -157,9 +157,9 @@ class Placement(Generic[C]):
         """It is over, wherever it was. Idempotent. `num_output_tokens`: of its answer, if it has one."""
         if not self._queue.release(candidate):
             return
-        session = self._sessions.pop(candidate, None)
-        if session is not None:
-            self._affinity.ended(session, num_output_tokens or 0, self._clock())
+        turn = self._turns.pop(candidate, None)
+        if turn is not None:
+            turn.ended(num_output_tokens or 0, self._clock())
         if num_output_tokens is not None:
             self._table.demand.ended(num_output_tokens)
 
@@ -185,6 +185,11 @@ class Placement(Generic[C]):
         table.now = self._clock()
         table.num_own = self._queue.num_running
         facts = candidate.facts()
+        if facts.num_tokens >= table.decode.most_max_len:  # nor may it keep others waiting until a worker says so
+            self._queue.release(candidate)
+            fit = table.decode.most_max_len - 1
+            reason = f"the prompt has {facts.num_tokens} tokens; with room for one more, at most {fit} fit"
+            return Refused(candidate, reason, None)
         hits = self._hits(candidate, facts)
         decision = self._policy.choose(facts, hits, table)
         if decision is None:
@@ -212,8 +217,12 @@ class Placement(Generic[C]):
         where = demand.on_decode if decision.prefill is None else demand.on_prefill
         where.placed(decision.prefill_s, self._table.now)
         if facts.session:
-            session = self._sessions[candidate] = (facts.tenant, facts.session)
-            self._affinity.placed(session, decision.prefill, decision.decode, facts.num_tokens)
+            block_size = self._states[decision.decode].description.block_size
+            hashes = candidate.hashes(block_size)
+            if hashes:
+                turn = Turn(decision.prefill, decision.decode, facts.num_tokens, block_size, len(hashes), hashes[-1])
+                self._turns[candidate] = turn
+                self._affinity.placed((facts.tenant, facts.session), turn)
 
     def _hits(self, candidate: C, facts: RequestFacts) -> Ints:
         """Tokens of the request each worker is believed to hold. Workers with other block sizes hash otherwise."""
@@ -223,11 +232,17 @@ class Placement(Generic[C]):
                 for num_blocks, mask in self._index.match(candidate.hashes(block_size)):
                     hits[bits(mask)] = num_blocks * block_size
             if facts.session:
-                self._count_session(facts, hits)
+                self._count_session(candidate, facts, hits)
         return hits
 
-    def _count_session(self, facts: RequestFacts, hits: Ints) -> None:
-        for worker_id, num_tokens in self._affinity.held((facts.tenant, facts.session), self._table.now):
+    def _count_session(self, candidate: C, facts: RequestFacts, hits: Ints) -> None:
+        turn = self._affinity.last((facts.tenant, facts.session), self._table.now)
+        if turn is None:
+            return
+        hashes = candidate.hashes(turn.block_size)
+        if len(hashes) < turn.num_blocks or hashes[turn.num_blocks - 1] != turn.last_hash:
+            return  # another conversation, whatever the client says
+        for worker_id, num_tokens in turn.held():
             slot = self._slots.get(worker_id)
             if slot is not None:
                 block_size = self._states[worker_id].description.block_size

@@ -212,7 +212,10 @@ def _handoffs(facts: RequestFacts, hits: Ints, left: float, routers: float, tabl
     load = _load(table.demand.on_prefill, pool, routers, table.now)
     cost = prefill_cost(facts.num_tokens, np.maximum(1, facts.num_tokens - hits[pool.rows]), pool, load)
     seconds = cost.first + cost.others
-    there = ~pool.among(facts.excluded) if facts.excluded else None
+    there = pool.holding(facts.num_tokens)
+    if facts.excluded:
+        rest = ~pool.among(facts.excluded)
+        there = rest if there is None else there & rest
     if there is not None:
         seconds = np.where(there, seconds, np.inf)
     if left < np.inf:
@@ -290,6 +293,9 @@ def blocks_needed(facts: RequestFacts, hits_here: Ints, pool: Pool) -> Floats:
 def with_room(facts: RequestFacts, needed: Floats, pool: Pool) -> Bools:
     """Decode workers that can hold the request, without those that just failed unless there is no other."""
     able: Bools = needed <= pool.room
+    holding = pool.holding(facts.num_tokens)
+    if holding is not None:
+        able &= holding
     if facts.excluded:
         rest: Bools = able & ~pool.among(facts.excluded)
         return rest if rest.any() else able
@@ -314,5 +320,9 @@ def _with_room(facts: RequestFacts, hits: Ints, pool: Pool) -> Bools:
 def _partners(facts: RequestFacts, decode: int, table: WorkerTable) -> Bools:
     """Prefill workers to pair `decode` with. Those that just failed are left out even when there is no other:
     the decode worker can prefill by itself, which does not depend on what failed."""
-    partners: Bools = table.prefill.fingerprint == table.decode.fingerprint[decode]
-    return partners & ~table.prefill.among(facts.excluded) if facts.excluded else partners
+    pool = table.prefill
+    partners: Bools = pool.fingerprint == table.decode.fingerprint[decode]
+    holding = pool.holding(facts.num_tokens)
+    if holding is not None:
+        partners &= holding
+    return partners & ~pool.among(facts.excluded) if facts.excluded else partners

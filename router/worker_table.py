@@ -52,6 +52,9 @@ class Pool:
         self.fingerprint: Ints = np.array(
             [fingerprints.setdefault(state.description.fingerprint, len(fingerprints)) for state in states], np.intp
         )
+        max_lens = [state.description.max_model_len for state in states]
+        self.max_len: Ints = np.array(max_lens, np.intp)  # tokens of a sequence, prompt and output
+        self.least_max_len, self.most_max_len = min(max_lens, default=0), max(max_lens, default=0)
         columns: Floats = np.empty((_NUM_COLUMNS, len(states)))
         self._columns = columns
         self.block_size: Floats = columns[0]
@@ -101,6 +104,10 @@ class Pool:
         """By position: whether it is one of these."""
         wanted = frozenset(worker_ids)
         return np.array([state.worker_id in wanted for state in self._states], np.bool_)
+
+    def holding(self, num_tokens: int) -> Bools | None:
+        """By position: whether so many tokens and one more can be a sequence there; None: everywhere."""
+        return None if num_tokens < self.least_max_len else self.max_len > num_tokens
 
     def refresh(self, state: WorkerState) -> bool:
         """False: the pool must be built anew, as this one has come or gone, or has just learned its speed and others

@@ -46,7 +46,12 @@ def chosen(policy: RoutingPolicy, *workers: Worker) -> tuple[str | None, str]:
     placement: Placement[Prompt] = Placement(policy, PlacementConfig(), lambda: 0.0)
     for worker in workers:
         described = pb.Description(
-            worker_id=worker.worker_id, role=worker.role, block_size=SIZE, num_blocks=1000, max_num_seqs=256
+            worker_id=worker.worker_id,
+            role=worker.role,
+            block_size=SIZE,
+            num_blocks=1000,
+            max_model_len=100_000,
+            max_num_seqs=256,
         )
         state = placement.attach(worker.worker_id, described, ())
         state.report(

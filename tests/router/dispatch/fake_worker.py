@@ -100,6 +100,7 @@ class FakeWorker:
         fingerprint: str = "f",
         block_size: int = 4,
         num_blocks: int = 10_000,
+        max_model_len: int = 100_000,
         max_num_seqs: int = 256,
         heartbeat_s: float = 0.05,
     ) -> None:
@@ -120,6 +121,7 @@ class FakeWorker:
             fingerprint=fingerprint,
             block_size=block_size,
             num_blocks=num_blocks,
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
         self._signal, self._token, self._heartbeat_s = signal, token, heartbeat_s

@@ -81,6 +81,8 @@ def test_retry_after_follows_the_recent_completion_rate():
         queue.release(entry)
     queue.add("waiting", 0)
     assert 3.0 <= queue.retry_after() <= 4.0  # two to go, one every 2 s
+    clock.now += 3600.0
+    assert queue.retry_after() == 1.0  # an hour without requests does not mean that each takes an hour
 
 
 @pytest.mark.parametrize("seed", range(3))

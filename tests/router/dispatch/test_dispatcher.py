@@ -170,6 +170,20 @@ async def test_a_request_no_decode_worker_has_room_for_waits_in_the_router():
         assert await collect(first) == await collect(second) == EXPECTED
 
 
+async def test_a_prompt_that_fits_no_worker_is_refused_at_once_though_all_are_busy():
+    async with cluster(1, 1, worker_options={"num_blocks": 30, "max_model_len": len(PROMPT) + 1}) as it:
+        gate = it["d0"].hooks["token"] = Gate()
+        running = it.start()
+        await gate.reached.wait()
+        with pytest.raises(InvalidRequest) as caught:
+            it.start(prompt=(*PROMPT, 1))
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+        waiting = it.start()
+        gate.opened.set()
+        assert await collect(running) == await collect(waiting) == EXPECTED
+        await it.until_quiet()
+
+
 @pytest.mark.parametrize("hit", ["p0", "p1"])
 async def test_a_request_goes_to_the_prefill_worker_that_holds_its_prefix(hit):
     async with cluster(2, 1) as it:

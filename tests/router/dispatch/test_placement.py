@@ -63,6 +63,7 @@ class Cluster:
             fingerprint="f",
             block_size=BLOCK,
             num_blocks=10_000,
+            max_model_len=100_000,
             max_num_seqs=self.num_seqs,
         )
         self.states[worker_id] = self.placement.attach(worker_id, described, hashes)
@@ -235,7 +236,7 @@ def test_the_next_turn_of_a_session_goes_where_the_last_one_was_before_the_index
 
     def turn(num_tokens: int, **facts) -> Placed[Prompt]:
         """Placed and prefilled; it still decodes."""
-        placed = it.place(num_tokens, **facts)
+        placed = it.place(num_tokens, chain(1, num_tokens), **facts)
         assert placed.prefill is not None
         placed.prefill.counted(it.handle)
         return placed
@@ -258,10 +259,42 @@ def test_the_next_turn_of_a_session_goes_where_the_last_one_was_before_the_index
 
 def test_a_session_that_paused_is_believed_to_be_where_the_index_says():
     it = Cluster(["p0", "p1", "d0"])
-    first = it.place(3200, session="s")
+    first = it.place(3200, chain(1, 3200), session="s")
     it.placement.release(first.candidate, 100)
     it.clock.now += 60
-    assert it.place(4800, session="s").decision.hit_tokens == 0
+    assert it.place(4800, chain(1, 4800), session="s").decision.hit_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "prompt", [chain(7000, 4800), [*chain(1, 3200)[:-1], 7000, *chain(8000, 1600)], chain(1, 1600)]
+)
+def test_a_prompt_that_does_not_begin_with_the_last_turn_has_no_hits_whatever_session_it_names(prompt):
+    it = Cluster(["p0", "d0"])
+    it.place(3200, chain(1, 3200), session="s")
+    placed = it.place(len(prompt) * BLOCK, prompt, session="s")
+    assert placed.decision.hit_tokens == 0
+    assert placed.on_decode.blocks == -(-(len(prompt) * BLOCK + 200) // BLOCK)
+
+
+def test_a_turn_that_ends_after_the_next_one_began_does_not_end_that():
+    it = Cluster(["p0", "d0"])
+    first = it.place(1600, chain(1, 1600), session="s")
+    it.place(3200, chain(1, 3200), session="s")
+    it.placement.release(first.candidate, 500)
+    it.clock.now += 10.0
+    assert it.place(4800, chain(1, 4800), session="s").decision.hit_tokens == 3200
+
+
+def test_a_prompt_that_no_worker_can_ever_hold_is_refused_and_keeps_nobody_waiting():
+    it = Cluster(["p0", "d0"])
+    it.report("d0", num_running=1)
+    it.add(100_000)
+    behind = it.add()
+    refused, placed = it.pump()
+    assert isinstance(refused, Refused)
+    assert (refused.retry_after, refused.reason.split("; ")[0]) == (None, "the prompt has 100000 tokens")
+    assert isinstance(placed, Placed)
+    assert placed.candidate is behind
 
 
 @pytest.mark.parametrize("session", ["", "s"])

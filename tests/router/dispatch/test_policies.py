@@ -30,12 +30,14 @@ def worker(
     num_waiting_tokens: int = 0,
     transfer_token_s: float = 0.0,
     num_pull_tokens: int = 0,
+    max_model_len: int = 100_000,
 ) -> WorkerState:
     description = pb.Description(
         role="prefill" if worker_id.startswith("p") else "decode",
         fingerprint=fingerprint,
         block_size=16,
         num_blocks=1000,
+        max_model_len=max_model_len,
         max_num_seqs=64,
     )
     state = WorkerState(worker_id, description, 1.5, set())
@@ -100,8 +102,21 @@ def test_blocks_already_on_the_decode_worker_need_no_room():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_empty_worker_gets_even_what_cannot_fit_so_that_it_can_refuse_it(policy):
-    assert choose(policy, facts(10**6), {}, view(worker("d0"))).decode == "d0"
+def test_an_empty_worker_gets_even_what_it_may_lack_memory_for(policy):
+    assert choose(policy, facts(99_999), {}, view(worker("d0"))).decode == "d0"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_worker_gets_a_prompt_longer_than_its_sequences_may_be(policy):
+    short, long = worker("d0", max_model_len=1000), worker("d1", num_seqs=5, max_model_len=1001)
+    assert choose(policy, facts(1000), {"d0": 992}, view(worker("p0"), short, long)).decode == "d1"
+    full = worker("d1", num_seqs=5, num_free_blocks=0, max_model_len=1001)
+    assert choose(policy, facts(1000), {"d0": 992}, view(worker("p0"), short, full)) is None
+    of_two = choose(
+        policy, facts(1000), {"p0": 992}, view(worker("p0", max_model_len=1000), worker("p1"), worker("d0"))
+    )
+    assert of_two.prefill == "p1"
+    assert choose(policy, facts(1000), {}, view(worker("p0", max_model_len=1000), worker("d0"))).prefill is None
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -316,7 +331,9 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
     states = [
         WorkerState(
             each,
-            pb.Description(role=role, fingerprint="f", block_size=16, num_blocks=1000, max_num_seqs=64),
+            pb.Description(
+                role=role, fingerprint="f", block_size=16, num_blocks=1000, max_model_len=100_000, max_num_seqs=64
+            ),
             1.5,
             set(),
         )
