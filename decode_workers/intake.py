@@ -79,11 +79,11 @@ class Intake:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def moved(self, num_tokens: int, seconds: float) -> None:
+    def moved(self, num_tokens: int, seconds: float, now: float) -> None:
         """KV of so many tokens has come in so much time of the link."""
-        self._rate.observe(num_tokens, seconds)
+        self._rate.observe(num_tokens, seconds, now)
 
-    def add_load(self, load: pb.Load) -> None:
+    def add_load(self, load: pb.Load, now: float) -> None:
         """Add what is here to the engine's load."""
         load.num_waiting += self.num_waiting
         load.num_handoffs = len(self._pulling)
@@ -91,7 +91,7 @@ class Intake:
             len(entry.request.token_ids) - entry.num_held_tokens
             for entry in chain(self._waiting, self._pulling.values())
         )
-        load.transfer_token_s = self._rate.token_s
+        load.transfer_token_s = self._rate.token_s(now, pulling=bool(self._pulling))
 
     def add(self, request: Request, offer: bytes, deadline: float) -> None:
         """Queue a request with the offer of its KV. Raises InvalidRequest when it can never run here."""

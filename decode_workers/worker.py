@@ -49,7 +49,7 @@ class DecodeRole:
         output = self._clients.output(request_id)
         output.handoff_done = True
         _say_pulled(output.timing, pulled)
-        self._intake.moved(pulled.num_blocks * self._engine.kv.block_size, pulled.link_seconds)
+        self._intake.moved(pulled.num_blocks * self._engine.kv.block_size, pulled.link_seconds, self._clock())
         if pulled.finished:  # the first token was the last: the prefill worker has said so to the router
             self._engine.kv.release(entry.block_ids)
             self._clients.forget(request_id)
@@ -94,7 +94,7 @@ class DecodeRole:
             self._clients.forget(request_id)
 
     def add_load(self, load: pb.Load) -> None:
-        self._intake.add_load(load)
+        self._intake.add_load(load, self._clock())
 
 
 def _say_pulled(timing: pb.Timing, pulled: Pulled) -> None:

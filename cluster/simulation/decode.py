@@ -82,7 +82,7 @@ class SimulatedDecode:
             self._engine.leave(sequence)
 
     def add_load(self, load: pb.Load) -> None:
-        self._intake.add_load(load)
+        self._intake.add_load(load, self._events.now)
 
     def _start_pull(self, entry: Entry) -> SimulatedPull:
         handoff = self._offers.pop(entry.request.id)
@@ -109,7 +109,7 @@ class SimulatedDecode:
         request = cast("SimulatedRequest", entry.request)
         said = self._worker.say(self._clients[request.id])
         said.handoff_done, said.num_bytes = True, pull.num_bytes
-        self._intake.moved(pull.num_tokens, self._link.take_busy())
+        self._intake.moved(pull.num_tokens, self._link.take_busy(), self._events.now)
         tokens = cast("tuple[int, ...]", range(len(request.token_ids) + 1))  # with the first of the answer
         self._engine.resume(msgspec.structs.replace(request, token_ids=tokens), entry.block_ids)
 
