@@ -59,6 +59,7 @@ class SteppingWorker:
             block_size=16,
             num_blocks=100_000,
             max_model_len=100_000,
+            max_batch_tokens=8192,
             max_num_seqs=4096,
         )
         frame = pb.Frame(description=described, kv_snapshot=pb.KvSnapshot())

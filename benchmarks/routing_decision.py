@@ -84,6 +84,7 @@ def measure(num_workers: int, num_requests: int, num_tokens: int, num_reports: i
             block_size=BLOCK_SIZE,
             num_blocks=NUM_BLOCKS,
             max_model_len=100_000,
+            max_batch_tokens=8192,
             max_num_seqs=256,
         )
         ends = [rng.randrange(PREFIX_BLOCKS) if ragged else PREFIX_BLOCKS for _ in range(2)]

@@ -88,6 +88,7 @@ class EngineLoad(msgspec.Struct, frozen=True, gc=False):
     num_free_blocks: int  # free or evictable
     num_waiting_tokens: int  # not yet computed, of prompts and of preempted sequences
     queued: StepWork  # what computing those takes, tokens that were cached when they came left out
+    num_queued_steps: int  # that this fills
 
 
 class Scheduler(Generic[S]):
@@ -130,15 +131,14 @@ class Scheduler(Generic[S]):
         prefilling = [each for each in self.running if each.num_tokens - each.num_computed_tokens > 1]
         lacking = [(each.num_tokens - each.num_computed_tokens, each.num_computed_tokens) for each in prefilling]
         num_tokens = sum(num_tokens for num_tokens, _ in lacking)
+        num_queued = self.num_uncached_tokens + num_tokens
         return EngineLoad(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_free_blocks=self._kv.num_free,
             num_waiting_tokens=self.num_waiting_tokens + num_tokens,
-            queued=StepWork(
-                self.num_uncached_tokens + num_tokens,
-                self.num_uncached_pairs + sum(itertools.starmap(num_pairs, lacking)),
-            ),
+            queued=StepWork(num_queued, self.num_uncached_pairs + sum(itertools.starmap(num_pairs, lacking))),
+            num_queued_steps=-(-num_queued // self._config.max_batch_tokens),
         )
 
     def plan(self, *, in_flight: bool = False) -> Plan[S]:

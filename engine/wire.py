@@ -142,7 +142,9 @@ def load_to_pb(load: EngineLoad, model: StepModel | None) -> pb.Load:
     )
     if model is not None:
         message.model.CopyFrom(model_to_pb(model))
-        message.queue_us = round(model.seconds(load.queued) * 1e6) if load.queued.prefill_tokens else 0
+        if load.num_queued_steps:
+            queue_s = model.seconds(load.queued) + (load.num_queued_steps - 1) * model.base_s
+            message.queue_us = round(queue_s * 1e6)
     return message
 
 

@@ -130,7 +130,7 @@ class Frame(_message.Message):
     def __init__(self, number: _Optional[int] = ..., description: _Optional[_Union[Description, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., kv_event_number: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., sent_us: _Optional[int] = ..., kv_events_us: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("worker_id", "role", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "kv_bytes_per_token")
+    __slots__ = ("worker_id", "role", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "kv_bytes_per_token", "max_batch_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class Description(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     model: str
@@ -151,7 +152,8 @@ class Description(_message.Message):
     max_num_seqs: int
     vocab_size: int
     kv_bytes_per_token: int
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ...) -> None: ...
+    max_batch_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_waiting_tokens", "num_handoffs", "progress", "last_step_us", "draining", "turn", "queue_us", "model", "num_cached_blocks", "transfer_token_s", "num_pull_tokens")

@@ -44,8 +44,10 @@ def prefill_cost(num_tokens: int, uncached: Ints, pool: Pool, load: PrefillLoad)
     that comes before it would be waits longer by the work; what comes meanwhile stretches that time (a busy period).
     """
     pairs_each = (num_tokens + 0.5) - 0.5 * uncached
-    work: Floats = pool.base_s + uncached * (pool.prefill_token_s + pool.pair_s * pairs_each)
-    first: Floats = pool.wait_s + work
+    num_steps = np.ceil(uncached / pool.batch_tokens)
+    work: Floats = num_steps * pool.base_s + uncached * (pool.prefill_token_s + pool.pair_s * pairs_each)
+    # The step under way when it comes is half over.
+    first: Floats = pool.wait_s + work + (num_steps + 0.5) * pool.beside_s
     busy_period = float(pool.wait_s[pool.wait_s.argmin()]) / max(_MIN_SLACK, 1.0 - load.busy)
     price = min(1.0, load.busy) + load.requests_per_s * busy_period
     return PrefillCost(work, first, work * price)

@@ -233,7 +233,9 @@ class WorkerSession:
             DECODE,
         ):
             raise WorkerLost(f"it is {described.role} worker {described.worker_id}, not {member.role}")
-        if described.model != self._model or not described.block_size:
+        if not (described.block_size and described.max_model_len and described.max_batch_tokens):
+            raise WorkerLost("its description lacks a size; router and worker must be of one version")
+        if described.model != self._model:
             raise WorkerLost(f"it serves model {described.model!r}, not {self._model!r}")
         self._next_event = frame.kv_snapshot.next_event_number
         self._next_frame = 0

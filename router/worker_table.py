@@ -28,7 +28,7 @@ _TRANSFER_PART = 0.1
 _MIN_STEP_S = 1e-5  # steps are divided by
 
 _NUM_MODEL = 5  # columns
-_NUM_DERIVED = 13
+_NUM_DERIVED = 15
 _NUM_COLUMNS = len(WorkerRow._fields) + _NUM_MODEL + _NUM_DERIVED
 
 
@@ -87,6 +87,8 @@ class Pool:
         self.block_part: Floats = columns[27]  # one block's of its memory
         self.free_part: Floats = columns[28]  # of its memory
         self.pressure: Floats = columns[29]  # sequences, times the part of its memory that is taken
+        self.batch_tokens: Floats = columns[30]  # of a step
+        self.beside_s: Floats = columns[31]  # what decodes in a step beside a prompt takes of it
         for position, state in enumerate(states):
             self._write(state, position)
 
@@ -128,15 +130,17 @@ class Pool:
             prefiller = REFERENCE if self._prefillers is None else self._prefillers.typical_model
         base_s, token_s, pair_s = model.base_s, prefiller.prefill_token_s, prefiller.pair_s
         transfer_token_s = state.transfer_token_s or _TRANSFER_PART * token_s
-        wait_s = row.queue_s
+        wait_s, batch_tokens = row.queue_s, state.description.max_batch_tokens
         if row.num_waiting_tokens:
-            wait_s += base_s + token_s * row.num_waiting_tokens + pair_s * row.num_waiting_pairs
+            num_steps = math.ceil(row.num_waiting_tokens / batch_tokens)
+            wait_s += num_steps * base_s + token_s * row.num_waiting_tokens + pair_s * row.num_waiting_pairs
         used = row.num_blocks - row.num_free_blocks
         seq_tokens = used * row.block_size / max(1, row.num_seqs)
         # Noise in the model must not say that one more sequence is free, or one worker gets all.
         newcomer_s = max(model.decode_s, base_s / max(1, row.max_num_seqs))
         room: float = row.num_free_blocks if row.num_seqs < row.seq_limit else -1
         num_blocks = max(1, row.num_blocks)
+        decoding_s = row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)
         self._columns[:, position] = (
             *row,
             base_s,
@@ -149,7 +153,7 @@ class Pool:
             row.num_blocks * row.block_size,
             seq_tokens,
             newcomer_s,
-            max(_MIN_STEP_S, base_s + row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)),
+            max(_MIN_STEP_S, base_s + decoding_s),
             transfer_token_s,
             transfer_token_s * row.num_pull_tokens,
             room if row.num_seqs else math.inf,  # what does not fit in an empty worker never will: let it say so
@@ -157,6 +161,8 @@ class Pool:
             1 / num_blocks,
             row.num_free_blocks / num_blocks,
             row.num_seqs * (1 - row.num_free_blocks / num_blocks),
+            batch_tokens,
+            0.0 if state.prefills else decoding_s,
         )
 
 

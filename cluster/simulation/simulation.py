@@ -207,6 +207,7 @@ class Simulation:
             num_blocks=pool.num_blocks,
             max_model_len=engine.max_len,
             max_num_seqs=pool.scheduler.max_num_seqs,
+            max_batch_tokens=pool.scheduler.max_batch_tokens,
             kv_bytes_per_token=setup.kv_bytes_per_token,
         )
 

@@ -51,6 +51,7 @@ def chosen(policy: RoutingPolicy, *workers: Worker) -> tuple[str | None, str]:
             block_size=SIZE,
             num_blocks=1000,
             max_model_len=100_000,
+            max_batch_tokens=8192,
             max_num_seqs=256,
         )
         state = placement.attach(worker.worker_id, described, ())

@@ -122,6 +122,7 @@ class FakeWorker:
             block_size=block_size,
             num_blocks=num_blocks,
             max_model_len=max_model_len,
+            max_batch_tokens=8192,
             max_num_seqs=max_num_seqs,
         )
         self._signal, self._token, self._heartbeat_s = signal, token, heartbeat_s

@@ -64,6 +64,7 @@ class Cluster:
             block_size=BLOCK,
             num_blocks=10_000,
             max_model_len=100_000,
+            max_batch_tokens=8192,
             max_num_seqs=self.num_seqs,
         )
         self.states[worker_id] = self.placement.attach(worker_id, described, hashes)

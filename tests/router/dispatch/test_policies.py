@@ -31,6 +31,7 @@ def worker(
     transfer_token_s: float = 0.0,
     num_pull_tokens: int = 0,
     max_model_len: int = 100_000,
+    max_batch_tokens: int = 8192,
 ) -> WorkerState:
     description = pb.Description(
         role="prefill" if worker_id.startswith("p") else "decode",
@@ -38,6 +39,7 @@ def worker(
         block_size=16,
         num_blocks=1000,
         max_model_len=max_model_len,
+        max_batch_tokens=max_batch_tokens,
         max_num_seqs=64,
     )
     state = WorkerState(worker_id, description, 1.5, set())
@@ -119,6 +121,18 @@ def test_no_worker_gets_a_prompt_longer_than_its_sequences_may_be(policy):
     assert choose(policy, facts(1000), {}, view(worker("p0", max_model_len=1000), worker("d0"))).prefill is None
 
 
+def test_each_step_of_a_prompt_has_its_base_and_what_decodes_beside_it():
+    prefill = choose(PREFIX_AWARE, facts(1000), {}, view(worker("p0", max_batch_tokens=400), worker("d0")))
+    assert prefill.ttft_s == pytest.approx(3 * 0.01 + 1000 * TOKEN_S)
+    waiting = worker("p0", max_batch_tokens=400)
+    waiting.reserve(1, Reservation(prefill_tokens=800))
+    behind = choose(PREFIX_AWARE, facts(1000), {}, view(waiting, worker("d0")))
+    assert behind.ttft_s == pytest.approx((2 + 3) * 0.01 + 1800 * TOKEN_S)
+    local = choose(PREFIX_AWARE, facts(1000), {}, view(worker("d0", max_batch_tokens=500, num_seqs=10)))
+    assert local.prefill is None
+    assert local.ttft_s == pytest.approx(2 * 0.01 + 1000 * TOKEN_S + 2.5 * 10 * TOKEN_S)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_equal_workers_take_turns(policy):
     workers = view(*(worker(each) for each in ("p0", "p1", "p2", "d0", "d1", "d2")))
@@ -180,7 +194,12 @@ def test_a_newcomer_goes_where_it_delays_the_decoding_least():
 
 
 def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
-    state = WorkerState("p0", pb.Description(role="prefill", block_size=16, num_blocks=100, max_num_seqs=4), 1.5, set())
+    state = WorkerState(
+        "p0",
+        pb.Description(role="prefill", block_size=16, num_blocks=100, max_batch_tokens=8192, max_num_seqs=4),
+        1.5,
+        set(),
+    )
 
     def queue() -> tuple[StepModel | None, float, int]:
         return state.model, state.row().queue_s, state.row().num_waiting_tokens
@@ -332,7 +351,13 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
         WorkerState(
             each,
             pb.Description(
-                role=role, fingerprint="f", block_size=16, num_blocks=1000, max_model_len=100_000, max_num_seqs=64
+                role=role,
+                fingerprint="f",
+                block_size=16,
+                num_blocks=1000,
+                max_model_len=100_000,
+                max_batch_tokens=8192,
+                max_num_seqs=64,
             ),
             1.5,
             set(),
@@ -353,7 +378,12 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
 
 
 def test_a_reservation_counts_until_the_workers_own_report_covers_it():
-    state = WorkerState("d0", pb.Description(role="decode", block_size=16, num_blocks=100, max_num_seqs=4), 1.5, set())
+    state = WorkerState(
+        "d0",
+        pb.Description(role="decode", block_size=16, num_blocks=100, max_batch_tokens=8192, max_num_seqs=4),
+        1.5,
+        set(),
+    )
     turns = itertools.count(1)
 
     def report(turn: int | None = None) -> None:
@@ -378,6 +408,8 @@ def test_a_reservation_counts_until_the_workers_own_report_covers_it():
 
 @pytest.mark.parametrize(("role", "expected"), [("decode", 12), ("prefill", 5)])
 def test_pulls_count_as_sequences_of_a_decode_worker_and_leases_not_of_a_prefill_worker(role, expected):
-    state = WorkerState("w", pb.Description(role=role, block_size=16, num_blocks=100, max_num_seqs=4), 1.5, set())
+    state = WorkerState(
+        "w", pb.Description(role=role, block_size=16, num_blocks=100, max_batch_tokens=8192, max_num_seqs=4), 1.5, set()
+    )
     state.report(pb.Load(num_running=3, num_waiting=2, num_handoffs=7))
     assert state.row().num_seqs == expected
