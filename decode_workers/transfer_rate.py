@@ -5,7 +5,7 @@ _FORGETTING = 0.98
 
 # Routers leave a link alone that was slow. While nothing moves, what is said of it and the weight of past pulls halve
 # in this time: so it is tried again, and what that shows counts more than what was long ago.
-_HALF_LIFE_S = 10.0
+_HALF_LIFE_S = 30.0
 
 
 class TransferRate:

@@ -18,12 +18,12 @@ def test_a_link_that_was_slow_once_is_tried_again_and_then_taken_for_what_it_is(
     rate = TransferRate()
     rate.observe(500, 0.5, 1000.0)
     assert rate.token_s(1000.0, pulling=False) == pytest.approx(1e-3)
-    assert rate.token_s(1060.0, pulling=False) < 2e-5
-    rate.observe(1000, 3e-3, 1060.0)
-    assert rate.token_s(1060.0, pulling=False) < 2e-5
-    rate.observe(1000, 3e-3, 1061.0)
-    rate.observe(1000, 3e-3, 1062.0)
-    assert rate.token_s(1062.0, pulling=False) < 7e-6
+    assert rate.token_s(1180.0, pulling=False) < 2e-5
+    rate.observe(1000, 3e-3, 1180.0)
+    assert rate.token_s(1180.0, pulling=False) < 2e-5
+    rate.observe(1000, 3e-3, 1181.0)
+    rate.observe(1000, 3e-3, 1182.0)
+    assert rate.token_s(1182.0, pulling=False) < 7e-6
 
 
 def test_a_long_pull_is_no_pause():
