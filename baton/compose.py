@@ -20,7 +20,7 @@ from baton.tokenizer import checkpoint_tokenizer
 from baton.transports import server_transports, sink_transports
 from cluster.addresses import reachable_host
 from cluster.checkpoint import model_config, resolve_model, spec_errors
-from cluster.credentials import read_api_key, read_token
+from cluster.credentials import read_api_keys, read_token
 from cluster.devices import GPU_MEMORY_FRACTION, HOST_KV_BYTES, FoundDevice, visible_gpus
 from cluster.registry.base import WorkerRecord
 from cluster.registry.open import open_registry
@@ -116,7 +116,7 @@ async def run_router(
     """
     with spec_errors():
         tokenizer = checkpoint_tokenizer(resolve_model(spec.model, spec.load), spec.load)
-    token, api_key = read_token(spec), read_api_key(spec)
+    token, api_keys = read_token(spec), read_api_keys(spec)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one at a time: threads only cost
     registry = open_registry(spec)
     dispatcher = Dispatcher(
@@ -145,7 +145,7 @@ async def run_router(
             max_body_bytes=spec.router.max_body_bytes,
             request_timeout_s=spec.router.request_timeout_s,
             stream_interval=spec.router.stream_interval,
-            api_keys=(api_key,) if api_key else (),
+            api_keys=api_keys,
         ),
         status=dispatcher.status,
     )

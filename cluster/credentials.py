@@ -9,24 +9,38 @@ from cluster.spec_errors import SpecError
 
 def read_token(spec: ClusterSpec) -> str:
     """The token of the internal ports, or an empty text when the spec names none. Raises SpecError."""
-    return _read_secret("security.token_file", spec.security.token_file)
+    field, path = "security.token_file", spec.security.token_file
+    return "" if path is None else _checked(field, path, _read(field, path).strip())
 
 
-def read_api_key(spec: ClusterSpec) -> str:
-    """The key clients of the HTTP port must send, or an empty text when the spec names none. Raises SpecError."""
-    return _read_secret("router.api_key_file", spec.router.api_key_file)
+def read_api_keys(spec: ClusterSpec) -> tuple[str, ...]:
+    """The keys of the tenants of the HTTP port, none when the spec names no file. Raises SpecError.
 
-
-def _read_secret(field: str, path: str | None) -> str:
+    One to a line; empty lines and those that begin with # do not count.
+    """
+    field, path = "router.api_key_file", spec.router.api_key_file
     if path is None:
-        return ""
+        return ()
+    lines = [line.strip() for line in _read(field, path).splitlines()]
+    keys = [line for line in lines if line and not line.startswith(b"#")]
+    if len(set(keys)) < len(keys):  # two tenants would be one
+        raise SpecError([f"{field}: {path!r} has the same key twice; allowed: a different key on each line"])
+    return tuple(_checked(field, path, key) for key in keys or [b""])
+
+
+def _read(field: str, path: str) -> bytes:
     try:
         mode = Path(path).stat().st_mode
-        secret = Path(path).read_bytes().strip().decode("latin-1")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise SpecError([f"{field}: {path!r} cannot be read: {error.strerror}"]) from None
     if mode & stat.S_IRWXO:
         raise SpecError([f"{field}: {path!r} is open to every user of the machine; run: chmod o= {path}"])
+    return content
+
+
+def _checked(field: str, path: str, content: bytes) -> str:
+    secret = content.decode("latin-1")
     if not secret:
         raise SpecError([f"{field}: {path!r} is empty; allowed: a file with a secret in it"])
     if not secret.isascii() or not secret.isprintable():

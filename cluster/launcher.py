@@ -20,7 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster.addresses import free_port, loopback_host
 from cluster.checkpoint import model_config, resolve_model
-from cluster.credentials import read_api_key, read_token
+from cluster.credentials import read_api_keys, read_token
 from cluster.devices import GPU_MEMORY_FRACTION, visible_gpus, workers_per_gpu
 from cluster.process import Command, ending, last_lines
 from cluster.registry.file_store import clear_leases
@@ -43,7 +43,7 @@ ROUTER_ENVIRON = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpec:
     """The spec in effect: what it leaves open for one machine is decided. Raises SpecError."""
-    for read in (read_token, read_api_key):  # before any process starts, too: each would fail by itself later
+    for read in (read_token, read_api_keys):  # before any process starts, too: each would fail by itself later
         read(spec)
     for role in ROLES:
         pool = spec.pool(role)
@@ -242,8 +242,8 @@ class LocalCluster:
                         break
         finally:
             await registry.aclose()
-        api_key, loop = read_api_key(self.spec), asyncio.get_running_loop()
-        headers, late_at = {"Authorization": f"Bearer {api_key}"} if api_key else {}, loop.time() + ATTACH_S
+        api_keys, loop = read_api_keys(self.spec), asyncio.get_running_loop()
+        headers, late_at = {"Authorization": f"Bearer {api_keys[0]}"} if api_keys else {}, loop.time() + ATTACH_S
         async with httpx.AsyncClient(timeout=5, trust_env=False, headers=headers) as client:
             while True:
                 ready, num_usable = await _router_status(client, f"{self.url}/status")

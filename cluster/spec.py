@@ -168,7 +168,11 @@ class RouterSpec(Section):
         None, description="requests on workers at once, by each router; null: as many as workers take"
     )
     request_timeout_s: Seconds = Field(600, description="longest life of a request")
-    api_key_file: FilePath | None = Field(None, description="file with the key clients must send; null: no key")
+    api_key_file: FilePath | None = Field(
+        None,
+        description="file of keys, one to a line, each a tenant's: clients must send one of them; lines that begin "
+        "with # do not count; null: no key",
+    )
     max_body_bytes: Size = Field(32 << 20, description="longest request body")
     stream_interval: int = Field(
         1,

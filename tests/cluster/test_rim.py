@@ -8,7 +8,7 @@ import pytest
 
 from cluster.addresses import free_port, reachable_host
 from cluster.checkpoint import resolve_model
-from cluster.credentials import read_api_key, read_token
+from cluster.credentials import read_api_keys, read_token
 from cluster.run_dir import locked, prepare_run_dir, with_run_dir
 from cluster.spec import ClusterSpec, Load
 from cluster.spec_errors import SpecError
@@ -19,24 +19,55 @@ def spec_with_token(path: Path) -> ClusterSpec:
     return parse_spec({"model": "tiny", "security": {"token_file": str(path)}})
 
 
+def spec_with_keys(path: Path) -> ClusterSpec:
+    return parse_spec({"model": "tiny", "router": {"api_key_file": str(path)}})
+
+
 def secret(path: Path, content: bytes, mode: int = 0o600) -> Path:
     path.write_bytes(content)
     path.chmod(mode)
     return path
 
 
-def test_no_secret_is_an_empty_text() -> None:
+def test_without_a_file_there_is_no_secret() -> None:
     spec = parse_spec({"model": "tiny"})
-    assert (read_token(spec), read_api_key(spec)) == ("", "")
+    assert (read_token(spec), read_api_keys(spec)) == ("", ())
 
 
 def test_a_secret_is_read_without_the_line_s_end(tmp_path: Path) -> None:
     assert read_token(spec_with_token(secret(tmp_path / "token", b"s3cret\n"))) == "s3cret"
 
 
-def test_the_api_key_has_its_own_file(tmp_path: Path) -> None:
-    path = secret(tmp_path / "key", b"key")
-    assert read_api_key(parse_spec({"model": "tiny", "router": {"api_key_file": str(path)}})) == "key"
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (b"key", ("key",)),
+        (b"k1\nk2\n", ("k1", "k2")),
+        ("# für A\r\nk 1#\r\n\r\n \t\r\n  #k0\r\n k2 \r\n".encode(), ("k 1#", "k2")),
+    ],
+)
+def test_api_keys_have_a_file_of_their_own_one_to_a_line(tmp_path: Path, content: bytes, keys: tuple[str, ...]) -> None:
+    assert read_api_keys(spec_with_keys(secret(tmp_path / "keys", content))) == keys
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "message"),
+    [
+        (b"", 0o600, "is empty"),
+        (b" \n# nobody yet\n", 0o600, "is empty"),
+        (b"k1\nhunter2\n", 0o604, "open to every user"),
+        (b"k1\nhunter2\xff\n", 0o600, "printable ASCII"),
+        (b"k1\nhunter2\x1cx\n", 0o600, "printable ASCII"),
+        (b"hunter2\nk1\n hunter2\n", 0o600, "same key twice"),
+    ],
+)
+def test_each_api_key_is_checked(tmp_path: Path, content: bytes, mode: int, message: str) -> None:
+    path = secret(tmp_path / "keys", content, mode)
+    with pytest.raises(SpecError, match=message) as caught:
+        read_api_keys(spec_with_keys(path))
+    assert "router.api_key_file" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.checkpoints import make_checkpoint
 
 NUM_STREAMS = 16
 NUM_TOKENS = 120
+KEYS = ("k1", "k2")
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -27,6 +28,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
     root = tmp_path_factory.mktemp("cluster")
     checkpoint = make_checkpoint(root / "checkpoint", "llama", hidden_size=128, num_hidden_layers=4)
+    (root / "keys").write_text("\n".join(KEYS))
+    (root / "keys").chmod(0o600)
     spec = parse_spec(
         {
             "model": str(checkpoint),
@@ -37,11 +40,15 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Loc
             "scheduler": {"max_batch_tokens": 64, "max_num_seqs": 32},
             "prefill": {"replicas": 2, "threads": 1},
             "decode": {"replicas": 2, "threads": 1},
-            "router": {"port": 0, "local_prefill_max_tokens": 0},
+            "router": {"port": 0, "local_prefill_max_tokens": 0, "api_key_file": str(root / "keys")},
         }
     )
     async with LocalCluster(spec, report=lambda _ended: None) as running:
         yield running
+
+
+def client_of(cluster: LocalCluster, key: str = KEYS[0], timeout: float = 10) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=cluster.url, timeout=timeout, headers={"authorization": f"Bearer {key}"})
 
 
 def prompts() -> list[list[int]]:
@@ -87,19 +94,19 @@ async def all_streams(
         if num_tokens >= at_token and pending:
             pending.pop()()
 
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=100) as client:
+    async with client_of(cluster, timeout=100) as client:
         return await asyncio.gather(*(stream(client, prompt, saw) for prompt in prompts()))
 
 
 async def num_retries(cluster: LocalCluster) -> int:
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client:
+    async with client_of(cluster) as client:
         counters = (await client.get("/status")).json()["counters"]
     return int(counters["attempts"]) - int(counters["requests"])
 
 
 async def until_complete(cluster: LocalCluster) -> None:
     """Wait until the router sees two usable workers of each role again."""
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client, asyncio.timeout(90):
+    async with client_of(cluster) as client, asyncio.timeout(90):
         while True:
             status = (await client.get("/status")).json()
             if sum(worker["usable"] for worker in status["workers"]) == 4:
@@ -168,7 +175,7 @@ BAD_BODIES: list[tuple[int, bytes]] = [
 @pytest.mark.parametrize(("status", "body"), BAD_BODIES, ids=range(len(BAD_BODIES)))
 async def test_bad_input_gets_its_4xx_and_harms_nobody(cluster: LocalCluster, status: int, body: bytes) -> None:
     pids = cluster.pids
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client:
+    async with client_of(cluster) as client:
         answer = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == status, answer.text
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -177,9 +184,23 @@ async def test_bad_input_gets_its_4xx_and_harms_nobody(cluster: LocalCluster, st
     assert cluster.pids == pids
 
 
+async def test_each_key_of_the_file_is_a_tenant_with_a_prefix_cache_of_its_own(cluster: LocalCluster) -> None:
+    await until_complete(cluster)
+    body = {"prompt": [5 + 7 * i % 500 for i in range(100)], "max_tokens": 2}
+
+    async def cached_tokens(key: str) -> int:
+        async with client_of(cluster, key) as client:  # of one session, so that turns go where the last one went
+            answer = await client.post("/v1/completions", json=body, headers={"x-session-id": "s"})
+        return int(answer.raise_for_status().json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert [await cached_tokens(key) for key in ("k1", "k1", "k2", "k2")] == [0, 96, 0, 96]
+    async with client_of(cluster, "k3") as client:
+        assert (await client.post("/v1/completions", json=body)).status_code == 401
+
+
 async def test_every_block_is_free_after_all_that(cluster: LocalCluster) -> None:
     await until_complete(cluster)
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=10) as client, asyncio.timeout(40):
+    async with client_of(cluster) as client, asyncio.timeout(40):
         while True:
             workers = (await client.get("/status")).json()["workers"]
             if all(worker["num_free_blocks"] == worker["num_blocks"] for worker in workers):
