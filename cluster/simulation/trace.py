@@ -171,7 +171,9 @@ def _with_answers(rows: Sequence[_Row]) -> list[TraceRequest]:
         if number in children:
             known[num_full:] = contents[children[number]][num_full:num_blocks]
         elif num_full < len(known):
-            while known[num_full] in filled:
+            passed: set[int] = set()  # a trace may name a block alike in two turns, or go in a circle
+            while known[num_full] in filled and known[num_full] not in passed:
+                passed.add(known[num_full])
                 known[num_full] = filled[known[num_full]]
             unshared[number] = 1
         num_fresh = num_blocks - len(known)

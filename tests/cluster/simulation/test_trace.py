@@ -40,6 +40,23 @@ def test_an_answer_that_nobody_repeats_is_like_no_other(tmp_path: Path) -> None:
     assert len(first.hashes(16)) == 1500 // 16
 
 
+@pytest.mark.parametrize(
+    "last_blocks",
+    [
+        pytest.param([3, 3], id="a partial block keeps its name in the next turn"),
+        pytest.param([3, 4, 3], id="two take turns"),
+        pytest.param([5, 3, 4, 3, 4], id="one leads into the circle"),
+    ],
+)
+def test_a_trace_whose_ids_go_in_a_circle_is_read_to_its_end(tmp_path: Path, last_blocks: list[int]) -> None:
+    path = tmp_path / "circle.jsonl"
+    line = '{{"timestamp": 0, "input_length": {}, "output_length": 1, "hash_ids": [1, 2, {}]}}\n'
+    path.write_text("".join(line.format(1100 + turn, last) for turn, last in enumerate(last_blocks)))
+    requests = load_trace(path).requests
+    assert [each.num_prompt_tokens for each in requests] == [1100 + turn for turn in range(len(last_blocks))]
+    assert all(shared(requests[0].hashes(512), each.hashes(512)) == 2 for each in requests)
+
+
 def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
     path.write_text(
