@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # numpy and the router are imported when the command runs
     from engine.step_profile import StepProfile
 
 DEFAULT_PROFILE = "h200-llama-3-8b"
+MIN_RATE_SCALE, MAX_RATE_SCALE = 0.001, 1_000_000  # an hour in six weeks, and all at once
 POLICIES = "prefix_aware, round_robin, least_loaded, prefix_only, sglang, dynamo, mooncake"
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The cluster's spec. kv_cache.memory must be set.")]
@@ -91,12 +93,12 @@ def simulate_command(
     The pools, limits, policy and KV memory are the spec's; how long a step takes is measured (`baton profile`). Goodput
     is the share of all requests that keep both limits of --slo; requests refused are misses.
     """
-    if not 0 < rate_scale < math.inf:
-        raise SpecError([f"--rate-scale: {rate_scale:g} is not allowed; allowed: above 0"])
+    if not MIN_RATE_SCALE <= rate_scale <= MAX_RATE_SCALE:
+        allowed = f"from {MIN_RATE_SCALE} to {MAX_RATE_SCALE}"
+        raise SpecError([f"--rate-scale: {rate_scale:g} is not allowed; allowed: {allowed}"])
     need_writable("--json", json_file)
-    need_writable("--plot", plot)
     if plot is not None:
-        need_matplotlib()
+        need_plot(plot)
     from cluster.simulation.report import make_report
     from cluster.simulation.setup import make_setup, policy_maker
     from cluster.simulation.simulation import Simulation
@@ -145,11 +147,16 @@ def need_writable(option: str, path: Path | None) -> None:
         raise SpecError([f"{option}: {path} cannot be written; allowed: a file in a directory that is there"])
 
 
-def need_matplotlib() -> None:
-    from importlib.util import find_spec
-
+def need_plot(path: Path) -> None:
+    """As need_writable. Loads matplotlib, which knows what it can write."""
+    need_writable("--plot", path)
     if find_spec("matplotlib") is None:
         raise SpecError(["--plot: needs matplotlib; install it with: pip install 'baton-serve[plot]'"])
+    from cluster.simulation.plot import FORMATS
+
+    if path.suffix[1:].lower() not in FORMATS:
+        suffixes = ", ".join(f".{name}" for name in sorted(FORMATS))
+        raise SpecError([f"--plot: {path} is not allowed; allowed: a file whose suffix says its format: {suffixes}"])
 
 
 def read_trace(path: Path, max_requests: int | None) -> "Trace":

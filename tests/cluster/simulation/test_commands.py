@@ -100,7 +100,10 @@ def test_plan_prints_every_candidate_and_a_verdict(
         (["--policy", "best"], "--policy: 'best' is not known; allowed: prefix_aware, round_robin"),
         (["--slo", "ttft=nan,tpot=1"], "--slo: 'ttft=nan,tpot=1' is not allowed"),
         (["--rate-scale", "0"], "--rate-scale: 0 is not allowed"),
-        (["--rate-scale", "nan"], "--rate-scale: nan is not allowed"),
+        (["--rate-scale", "nan"], "--rate-scale: nan is not allowed; allowed: from 0.001 to 1000000"),
+        (["--rate-scale", "1e-308"], "--rate-scale: 1e-308 is not allowed"),
+        (["--rate-scale", "1e300"], "--rate-scale: 1e+300 is not allowed"),
+        (["--rate-scale", "inf"], "--rate-scale: inf is not allowed"),
         (["--bandwidth", "-1"], "--bandwidth: -1 is not allowed"),
         (["--bandwidth", "nan"], "--bandwidth: nan is not allowed"),
         (["--json", "nowhere/out.json"], "--json: nowhere/out.json cannot be written"),
@@ -119,6 +122,18 @@ def test_a_wrong_option_is_named(
 ) -> None:
     assert baton(monkeypatch, "simulate", spec_file, "--trace", trace_file, *args) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.foo", "x", "x.pgf"])
+def test_a_plot_that_matplotlib_cannot_write_is_refused_before_the_work(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    args = ("simulate", spec_file, "--trace", tmp_path / "nowhere", "--plot", tmp_path / name)
+    assert baton(monkeypatch, *args) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{name} is not allowed; allowed: a file whose suffix says its format" in said
+    assert ".png" in said
 
 
 def test_one_request_cannot_be_planned_for(

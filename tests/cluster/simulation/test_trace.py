@@ -69,6 +69,22 @@ def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> Non
     assert shared(trace.requests[0].hashes(16), trace.requests[1].hashes(16)) == 0
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("1000000000000,44", "line 2: ContextTokens: 1000000000000 is not allowed; allowed: at most 1073741824"),
+        ("100,1073741825", "line 2: GeneratedTokens: 1073741825 is not allowed"),
+        ("x,44", "line 2: ValueError"),
+        ("100", "line 2: TypeError"),
+    ],
+)
+def test_an_azure_row_that_is_none_is_refused_with_the_line(tmp_path: Path, row: str, message: str) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,{row}\n")
+    with pytest.raises(TraceError, match=message):
+        load_trace(path)
+
+
 def test_arrivals_stay_in_their_window_and_order_and_differ_by_seed() -> None:
     trace = Trace("t", [request(number, arrived=3.0 * (number // 4)) for number in range(40)])
     times = arrivals(trace, seed=1)
