@@ -121,8 +121,10 @@ def goodput_bound(
     cost = PrefillCost(min(each.token_s for each in costs), min(each.pair_s for each in costs))
     parts = uncached_parts(trace)
     works = [
-        work if any(alone_seconds(*part, pool) <= ttft_s for pool in pools) else math.inf
-        for part, work in zip(parts, prefill_work(parts, cost), strict=True)
+        work
+        if request.num_tokens <= setup.max_len and any(alone_seconds(*part, pool) <= ttft_s for pool in pools)
+        else math.inf
+        for request, part, work in zip(trace.requests, parts, prefill_work(parts, cost), strict=True)
     ]
     num_workers = sum(pool.num_workers for pool in pools)
     return most_in_time(arrivals(trace, seed, rate_scale), works, num_workers, ttft_s) / max(1, len(works))

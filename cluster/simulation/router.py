@@ -185,12 +185,11 @@ class SimulatedRouter:
             worker = flight.prefill = self._cluster.workers[placed.prefill.worker_id]
             client = flight.prefill_client = self._client(flight)
             placed.prefill.reserve(client.handle, placed.on_prefill)
-        num_total = trace.num_prompt_tokens + trace.num_output_tokens
         request = flight.request = simulated_request(
             f"{trace.number}.{outcome.num_attempts}",
             flight.num_tokens,
             trace.num_prompt_tokens,
-            num_total,
+            trace.num_tokens,
             flight.whole(worker.engine.kv.block_size),
         )
         if flight.prefill is not None:

@@ -39,6 +39,11 @@ class PoolSetup:
     seconds: StepSeconds
     gpus: int = 1
 
+    @property
+    def max_len(self) -> int:
+        """Of a prompt with its answer, in tokens."""
+        return self.num_blocks * self.block_size
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -58,6 +63,11 @@ class Setup:
     num_routers: int = 1
     network_s: float = 0.0005
     lease_s: float = 30.0
+
+    @property
+    def max_len(self) -> int:
+        """Of a prompt with its answer, in tokens: longer ones are refused, as the router's front does."""
+        return min(pool.max_len for pool in self.pools if pool.num_workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +120,6 @@ class Simulation:
         self._finished_at = 0.0
         self.cluster = Cluster({}, {}, {})
         descriptions = [self._add_worker(pool, index) for pool in setup.pools for index in range(pool.num_workers)]
-        self._max_len = min(worker.engine.max_len for worker in self.cluster.workers.values())
         self._routers = [
             SimulatedRouter(
                 number,
@@ -152,12 +161,13 @@ class Simulation:
             outcome = Outcome(number, request.num_prompt_tokens, request.num_output_tokens, now)
             self._outcomes.append(outcome)
             setup = self._setup
-            flight = SimulatedFlight(request, outcome, self._max_output_tokens, setup.ttft_s, setup.tpot_s)
+            max_new_tokens = min(self._max_output_tokens, setup.max_len - request.num_prompt_tokens)
+            flight = SimulatedFlight(request, outcome, max_new_tokens, setup.ttft_s, setup.tpot_s)
             router = self._routers[self._random.randrange(len(self._routers))]
-            if request.num_prompt_tokens < self._max_len:
+            if request.num_tokens <= setup.max_len:
                 router.arrive(flight)
             else:
-                outcome.refused = "the prompt is too long"
+                outcome.refused = f"prompt and answer are longer than {setup.max_len:,} tokens"
                 self._over(flight)
             self._arrive(number + 1)
 

@@ -42,12 +42,17 @@ class TraceRequest:
     contents: Sequence[int]
     num_unshared: int = 0  # of `contents`, the last ones that begin in the prompt and go on in an answer nobody repeats
 
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and answer."""
+        return self.num_prompt_tokens + self.num_output_tokens
+
     def hashes(self, block_size: int) -> list[int]:
         """Of the full blocks of prompt and answer. `block_size` divides TRACE_BLOCK."""
         per_block = TRACE_BLOCK // block_size
         names = np.repeat(np.array(self.contents, np.uint64), per_block) * np.uint64(TRACE_BLOCK)
         names += np.tile(np.arange(per_block, dtype=np.uint64), len(self.contents))
-        names = names[: (self.num_prompt_tokens + self.num_output_tokens) // block_size]
+        names = names[: self.num_tokens // block_size]
         if self.num_unshared:
             own = slice(
                 self.num_prompt_tokens // block_size, self.num_prompt_tokens // TRACE_BLOCK * per_block + per_block

@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 
+from cluster.simulation.bound import goodput_bound
 from cluster.simulation.report import Slo, make_report
 from cluster.simulation.router import Outcome
 from cluster.simulation.simulation import Result, Setup, Simulation
@@ -166,15 +167,25 @@ def test_a_lease_that_no_decode_worker_opens_in_time_expires_and_the_request_is_
     assert sum(each.finished is not None for each in outcomes) >= 4
 
 
-def test_a_prompt_that_fits_nowhere_is_refused() -> None:
-    outcomes = run(make_setup(num_blocks=8), trace_of(request(0, num_prompt=1024), request(1))).outcomes
-    assert [each.refused for each in outcomes] == ["the prompt is too long", ""]
+@pytest.mark.parametrize("num_prefill", [0, 1])
+def test_a_request_that_does_not_fit_with_its_answer_is_refused_and_no_answer_is_cut_short(num_prefill: int) -> None:
+    """8 blocks of 128 tokens."""
+    sizes = [(1024, 1), (1023, 2), (1000, 24), (1023, 1), (100, 925), (100, 924)]
+    trace = trace_of(*(request(number, 10.0 * number, *size) for number, size in enumerate(sizes)))
+    outcomes = run(make_setup(num_prefill, num_blocks=8), trace).outcomes
+    assert [bool(each.refused) for each in outcomes] == [True, True, False, False, True, False]
+    assert all(each.finished is None and each.tpot is None for each in outcomes if each.refused)
+    # Each later token takes a step of 11 ms, the handoff at most another.
+    steps = [(each.tpot or 0.0) * (each.num_output_tokens - 1) / 0.011 for each in outcomes if not each.refused]
+    assert steps == pytest.approx([23, 0, 923], abs=1)
 
 
 def test_a_report_counts_rejects_as_misses() -> None:
-    result = run(make_setup(num_blocks=8), trace_of(request(0, num_prompt=1024), request(1)))
+    trace = trace_of(request(0, num_prompt=1000, num_output=25), request(1))
+    result = run(make_setup(num_blocks=8), trace)
     report = make_report(result, trace="t", policy="p", seed=0, rate_scale=1.0, slo=Slo())
-    assert (report.goodput, report.rejects) == (0.5, {"the prompt is too long": 1})
+    assert (report.goodput, report.rejects) == (0.5, {"prompt and answer are longer than 1,024 tokens": 1})
+    assert goodput_bound(result.setup, trace, 0, 1.0, ttft_s=2.0) == 0.5
     assert report.pools["decode"].steps == 2
     assert 0 < report.pools["prefill"].busy_share < 1
 
