@@ -23,9 +23,9 @@ Step = Plan[SimulatedSequence]
 class SimulatedEngine:
     """Implements decode_workers.intake.IntakeEngine. Contents of blocks are never compared: hashes are names here."""
 
-    def __init__(self, num_blocks: int, block_size: int, config: SchedulerConfig) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_len: int, config: SchedulerConfig) -> None:
         self.kv = KvCache(num_blocks, block_size, lambda _token_ids, first, end: (b"",) * (end - first))
-        self.max_len = num_blocks * block_size
+        self.max_len = max_len
         self._scheduler: Scheduler[SimulatedSequence] = Scheduler(config, self.kv)
         self._arrivals = count()
 

@@ -81,7 +81,16 @@ def make_pool(spec: ClusterSpec, role: Role, profile: StepProfile, block_size: i
         raise SpecError([f"{role}: kv_cache holds {num_tokens} tokens: less than one block of {size}"])
     config = SchedulerConfig(max_batch_tokens=pool.max_batch_tokens, max_num_seqs=pool.max_num_seqs)
     seconds: StepSeconds = profile.step_seconds
-    return PoolSetup(role, pool.replicas, num_tokens // size, size, config, seconds, measured.tensor_parallel)
+    return PoolSetup(
+        role,
+        pool.replicas,
+        num_tokens // size,
+        size,
+        config,
+        seconds,
+        measured.tensor_parallel,
+        spec.max_model_len,
+    )
 
 
 def _kv_tokens(pool: PoolSettings, kv_bytes_per_token: int) -> int:

@@ -29,7 +29,8 @@ MAX_LEASE_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class PoolSetup:
-    """`role` is prefill or decode; `seconds` is the measured time of a step; `gpus` of each worker."""
+    """`role` is prefill or decode; `seconds` is the measured time of a step; `gpus` of each worker. `max_model_len`
+    None: what its blocks hold."""
 
     role: str
     num_workers: int
@@ -38,11 +39,13 @@ class PoolSetup:
     scheduler: SchedulerConfig
     seconds: StepSeconds
     gpus: int = 1
+    max_model_len: int | None = None
 
     @property
     def max_len(self) -> int:
         """Of a prompt with its answer, in tokens."""
-        return self.num_blocks * self.block_size
+        in_blocks = self.num_blocks * self.block_size
+        return min(in_blocks, self.max_model_len or in_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +197,7 @@ class Simulation:
 
     def _add_worker(self, pool: PoolSetup, index: int) -> pb.Description:
         setup, events, worker_id = self._setup, self._events, f"{pool.role}-{index}"
-        engine = SimulatedEngine(pool.num_blocks, pool.block_size, pool.scheduler)
+        engine = SimulatedEngine(pool.num_blocks, pool.block_size, pool.max_len, pool.scheduler)
         model = self._models.setdefault(id(pool), PoolModel())
         worker: SimulatedWorker[Handoff] = SimulatedWorker(
             worker_id, pool.role, engine, pool.seconds, model, events, self._deliver
@@ -215,7 +218,7 @@ class Simulation:
             fingerprint="simulated",
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,
-            max_model_len=engine.max_len,
+            max_model_len=pool.max_len,
             max_num_seqs=pool.scheduler.max_num_seqs,
             max_batch_tokens=pool.scheduler.max_batch_tokens,
             kv_bytes_per_token=setup.kv_bytes_per_token,

@@ -59,6 +59,19 @@ def test_memory_holds_as_many_tokens_whatever_the_engine(
         assert {pools[role]["kv_tokens"] for role in ("prefill", "decode")} == {(4 << 30) // 131_072}
 
 
+def test_what_is_longer_than_max_model_len_is_refused(
+    spec_file: Path, trace_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The requests have 1140, 720 and 1730 tokens with their answers."""
+    out = tmp_path / "out.json"
+    for max_model_len, refused in ((1730, 0), (1729, 1), (1139, 2)):
+        spec_file.write_text(yaml.safe_dump(SPEC | {"max_model_len": max_model_len}))
+        assert baton(monkeypatch, "simulate", spec_file, "--trace", trace_file, "--json", out) == 0
+        report = json.loads(out.read_text())
+        reasons = {f"prompt and answer are longer than {max_model_len:,} tokens": refused} if refused else {}
+        assert (report["finished"], report["rejects"]) == (3 - refused, reasons)
+
+
 def test_simulation_loads_neither_torch_nor_ray_nor_matplotlib(spec_file: Path, trace_file: Path) -> None:
     code = (
         "import sys\nfrom baton.cli import app\n"
