@@ -21,7 +21,7 @@ from baton.transports import server_transports, sink_transports
 from cluster.addresses import reachable_host
 from cluster.checkpoint import model_config, resolve_model, spec_errors
 from cluster.credentials import read_api_keys, read_token
-from cluster.devices import GPU_MEMORY_FRACTION, HOST_KV_BYTES, FoundDevice, visible_gpus
+from cluster.devices import GPU_MEMORY_FRACTION, HOST_KV_BYTES, FoundDevice, profiled_device, visible_gpus
 from cluster.registry.base import WorkerRecord
 from cluster.registry.open import open_registry
 from cluster.routing import make_policy, placement_config
@@ -48,12 +48,15 @@ log = logging.getLogger(__name__)
 
 
 def found_pool(spec: ClusterSpec, role: Role) -> PoolSettings:
-    """The pool on the device that this process has. Raises SpecError for what that device cannot do."""
+    """The pool on the device that this process has, or that its profile is of. Raises SpecError for what that device
+    cannot do."""
     auto: FoundDevice = "cpu"
     if "cuda" in (devices := spec.possible_devices(role)):
         auto = find_device("auto" if "cpu" in devices else "cuda")
         if auto == "cpu" and (gpus := visible_gpus(os.environ)):
             log.warning("%s computes on the CPU: PyTorch sees none of the GPUs %s", role, ", ".join(gpus))
+    elif spec.simulated.profile is not None and spec.pool(role).engine == "simulated":
+        auto = profiled_device(load_profile(spec.simulated.profile).measured.device)
     pool = spec.pool(role, auto)
     if problems := list(check_device(spec, pool)):
         raise SpecError(problems)

@@ -30,6 +30,11 @@ def step_limits(
     return tokens, max_num_seqs or min(MAX_NUM_SEQS[device], tokens)
 
 
+def profiled_device(name: str) -> FoundDevice:
+    """Of a step profile, by what it calls its device."""
+    return "cpu" if "cpu" in name.lower() else "cuda"
+
+
 def kv_bytes(device: FoundDevice, asked: int | None) -> int | None:
     """Bytes of the KV pool; None: what is free on the GPU after a peak forward."""
     return HOST_KV_BYTES if asked is None and device == "cpu" else asked

@@ -100,10 +100,12 @@ class SchedulerSpec(Section):
     max_batch_tokens: Count | None = Field(
         None,
         description="tokens one step may compute, prefill and decode together; null: 512 on a CPU, on a GPU 8192 in "
-        "prefill workers and 1024 in decode workers",
+        "prefill workers and 1024 in decode workers; simulated workers: as on the device of their profile",
     )
     max_num_seqs: Count | None = Field(
-        None, description="sequences one worker runs at a time; null: 64 on a CPU, 256 on a GPU"
+        None,
+        description="sequences one worker runs at a time; null: 64 on a CPU, 256 on a GPU; simulated workers: as on "
+        "the device of their profile",
     )
 
 
@@ -278,7 +280,8 @@ class ClusterSpec(Section):
         return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
     def pool(self, role: Role, auto: FoundDevice = "cpu") -> "PoolSettings":
-        """The pool with everything it inherits filled in. `auto` is what device `auto` turns out to be."""
+        """The pool with everything it inherits filled in. `auto` is what device `auto` turns out to be; of simulated
+        workers with a profile, the device that it was measured on."""
         pool = self.prefill if role == "prefill" else self.decode
         engine: PoolEngine = pool.engine or self.engine
         device = pool.device or self.device
@@ -286,8 +289,9 @@ class ClusterSpec(Section):
             device = "cpu"
         found: FoundDevice = auto if device == "auto" else device
         steps = _overridden(self.scheduler, pool.scheduler)
+        profiled = engine == "simulated" and self.simulated.profile is not None
         max_batch_tokens, max_num_seqs = step_limits(
-            found, steps.max_batch_tokens, steps.max_num_seqs, streams=role == "decode"
+            auto if profiled else found, steps.max_batch_tokens, steps.max_num_seqs, streams=role == "decode"
         )
         kv_cache = _kv_cache(self.kv_cache, pool.kv_cache)
         return PoolSettings(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from cluster.devices import FoundDevice
+from cluster.devices import profiled_device
 from cluster.routing import make_policy, placement_config
 from cluster.simulation.baselines import BlockCost, CacheAware, MinimumTtft, PrefixOnly
 from cluster.simulation.engine import StepSeconds
@@ -71,8 +71,7 @@ def make_setup(
 def make_pool(spec: ClusterSpec, role: Role, profile: StepProfile, block_size: int | None = None) -> PoolSetup:
     """A worker of several GPUs has the KV memory of the spec on each of them."""
     measured = profile.measured
-    auto: FoundDevice = "cpu" if "cpu" in measured.device.lower() else "cuda"
-    pool = spec.pool(role, auto)
+    pool = spec.pool(role, profiled_device(measured.device))
     size = block_size or max(pool.block_size, MIN_BLOCK_SIZE)
     if TRACE_BLOCK % size:
         raise SpecError([f"--block-size: {size} is not allowed: blocks of a trace have 512 tokens; allowed: a divisor"])

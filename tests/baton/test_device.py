@@ -1,8 +1,14 @@
+from pathlib import Path
+
+import msgspec
 import pytest
 import torch
 
 from baton.compose import found_pool
 from baton.device import find_device
+from baton.step_profiles import load_profile
+from cluster.simulation.setup import make_pool
+from cluster.spec import ROLES
 from cluster.spec_errors import SpecError
 from cluster.spec_file import parse_spec
 
@@ -15,6 +21,36 @@ def test_auto_is_a_gpu_where_torch_sees_one(sees: bool, found: str, monkeypatch:
     assert found_pool(parse_spec({"model": "tiny"}), "decode").device == found
     simulated = parse_spec({"model": "tiny", "engine": "simulated"})
     assert found_pool(simulated, "decode").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("profile", "scheduler", "limits"),
+    [
+        (None, {}, [(512, 64), (512, 64)]),
+        ("cpu.json", {}, [(512, 64), (512, 64)]),
+        ("h200-llama-3-8b", {}, [(8192, 256), (1024, 256)]),
+        ("h200-llama-3-8b", {"max_num_seqs": 16}, [(8192, 16), (1024, 16)]),
+    ],
+)
+def test_simulated_workers_have_the_limits_of_the_device_of_their_profile(
+    profile: str | None,
+    scheduler: dict[str, int],
+    limits: list[tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a real cluster, where they compute on the CPU, and in a simulated one."""
+    monkeypatch.chdir(tmp_path)
+    h200 = load_profile("h200-llama-3-8b")
+    Path("cpu.json").write_text(msgspec.structs.replace(h200.measured, device="x86_64 CPU, 1 threads").to_json())
+    fields = {"engine": "simulated", "simulated": {"profile": profile}, "scheduler": scheduler}
+    spec = parse_spec({"model": "tiny", "kv_cache": {"memory": "1GiB"}} | fields)
+    pools = [found_pool(spec, role) for role in ROLES]
+    assert [pool.device for pool in pools] == ["cpu", "cpu"]
+    assert [(pool.max_batch_tokens, pool.max_num_seqs) for pool in pools] == limits
+    measured = load_profile(profile) if profile else h200
+    simulated = [make_pool(spec, role, measured).scheduler for role in ROLES]
+    assert [(config.max_batch_tokens, config.max_num_seqs) for config in simulated] == limits
 
 
 def test_a_gpu_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
