@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -149,17 +150,22 @@ def plan_table(rated: "list[Rated]", title: str) -> Table:
 
 def verdict(rated: "list[Rated]", profiles: "list[StepProfile]") -> list[str]:
     """What to do, in words."""
+    from cluster.simulation.plan import PRECISION
+
     best = rated[0]
     if best.report is None:
         return ["no candidate keeps the limits for enough requests, at any rate"]
     lines = [f"best: {best.candidate.name}, {best.per_gpu:.3f} requests/s in time per GPU"]
     other = next((each for each in rated if each.candidate.colocated != best.candidate.colocated), None)
     if other is not None:
-        margin = f"{best.per_gpu / other.per_gpu - 1:.0%}" if other.per_gpu else "far"
-        if best.candidate.colocated:
-            lines.append(f"one colocated pool is better here: {margin} above {other.candidate.name}")
+        if best.clearly_above(other):
+            better = "one colocated pool is" if best.candidate.colocated else "separate pools are"
+            margin = f"{fmean(best.draws) / fmean(other.draws) - 1:.0%}" if other.per_gpu else "far"
+            lines.append(f"{better} better here: {margin} above {other.candidate.name}")
         else:
-            lines.append(f"separate pools are better here: {margin} above {other.candidate.name}")
+            lines.append("no clear difference between one colocated pool and separate pools here")
+        lines.append(f"at {len(best.draws)} draws of the arrivals, rates searched in steps of {PRECISION - 1:.0%}:")
+        lines += [f"  {min(each.draws):.3f} to {max(each.draws):.3f}, {each.candidate.name}" for each in (best, other)]
     if len(profiles) == 1:
         size = profiles[0].measured.tensor_parallel
         lines.append(f"other TP sizes than {size} are not searched: there is no profile of them (--profile)")
@@ -176,5 +182,6 @@ def _data(rated: "Rated") -> dict[str, Any]:
         "gpus": candidate.gpus,
         "rate_scale": rated.rate_scale,
         "goodput_per_s_per_gpu": rated.per_gpu,
+        "goodput_per_s_per_gpu_draws": list(rated.draws),
         "report": asdict(rated.report) if rated.report is not None else None,
     }

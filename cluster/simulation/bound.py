@@ -20,7 +20,7 @@ import numpy as np
 
 from cluster.simulation.engine import StepSeconds
 from cluster.simulation.simulation import PoolSetup, Setup
-from cluster.simulation.trace import TRACE_BLOCK, Trace, arrivals
+from cluster.simulation.trace import TRACE_BLOCK, WINDOW_S, Trace, arrivals
 from engine.step_model import StepWork, num_pairs
 from router.cluster_view import DECODE, PREFILL
 
@@ -112,19 +112,28 @@ def _drop(starts: list[float], kept: list[tuple[float, float]]) -> float:
     return end
 
 
+def _least_cost(pools: Sequence[PoolSetup]) -> PrefillCost:
+    costs = [least_prefill_cost(pool.seconds, pool.scheduler.max_batch_tokens) for pool in pools]
+    return PrefillCost(min(each.token_s for each in costs), min(each.pair_s for each in costs))
+
+
+def busy_rate(setup: Setup, trace: Trace) -> float:
+    """How many times the trace's rate keep that one machine busy, without an end."""
+    work = sum(prefill_work(uncached_parts(trace), _least_cost(setup.pools)))
+    return (trace.seconds + WINDOW_S) * sum(pool.num_workers for pool in setup.pools) / work
+
+
 def goodput_bound(
     setup: Setup, trace: Trace, seed: int, rate_scale: float, ttft_s: float, roles: Sequence[str] = (PREFILL, DECODE)
 ) -> float:
     """Share of the requests. `roles`: whose workers may prefill. Decode workers may, where a policy lets them."""
     pools = [pool for pool in setup.pools if pool.role in roles]
-    costs = [least_prefill_cost(pool.seconds, pool.scheduler.max_batch_tokens) for pool in pools]
-    cost = PrefillCost(min(each.token_s for each in costs), min(each.pair_s for each in costs))
     parts = uncached_parts(trace)
     works = [
         work
         if request.num_tokens <= setup.max_len and any(alone_seconds(*part, pool) <= ttft_s for pool in pools)
         else math.inf
-        for request, part, work in zip(trace.requests, parts, prefill_work(parts, cost), strict=True)
+        for request, part, work in zip(trace.requests, parts, prefill_work(parts, _least_cost(pools)), strict=True)
     ]
     num_workers = sum(pool.num_workers for pool in pools)
     return most_in_time(arrivals(trace, seed, rate_scale), works, num_workers, ttft_s) / max(1, len(works))

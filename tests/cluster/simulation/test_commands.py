@@ -102,7 +102,8 @@ def test_plan_prints_every_candidate_and_a_verdict(
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 0
     said = capsys.readouterr().out
-    assert "better here" in said
+    assert "at 3 draws of the arrivals, rates searched in steps of 5%:" in said
+    assert [len(each["goodput_per_s_per_gpu_draws"]) for each in candidates] == [3, 3]
     assert "other TP sizes than 1 are not searched" in said
 
 

@@ -1,10 +1,13 @@
 """The search of a plan, with profiles of straight lines."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import log
 
 import pytest
 
-from cluster.simulation.plan import PRECISION, Candidate, Planner
+from baton.plan_command import verdict
+from cluster.simulation.plan import NUM_DRAWS, PRECISION, Candidate, Planner, Rated
 from cluster.simulation.report import Report, Slo
 from cluster.simulation.simulation import Setup
 from engine.step_profile import DecodeStep, Measurements, PrefillStep, StepProfile
@@ -38,12 +41,18 @@ def planner(tried: list[tuple[Candidate, float, Report | None]]) -> Planner:
     return Planner(setup, trace, SLO, tell=lambda *said: tried.append(said))
 
 
+@pytest.fixture(scope="module")
+def rated() -> list[Rated]:
+    """One of each kind."""
+    return planner([]).search(2, [profile(1)])
+
+
 def test_the_rate_found_is_served_and_a_slightly_higher_one_is_not() -> None:
     tried: list[tuple[Candidate, float, Report | None]] = []
     rated = planner(tried).rate(Candidate(2, 1, profile(1), profile(1)))
     assert rated.report is not None
     assert rated.report.goodput >= 0.9
-    assert min(scale for _, scale, report in tried if report is None) <= rated.rate_scale * PRECISION
+    assert min(scale for _, scale, report in tried if report is None) == pytest.approx(rated.rate_scale * PRECISION)
     assert rated.per_gpu == pytest.approx(rated.report.goodput_per_s / 3)
 
 
@@ -60,3 +69,53 @@ def test_every_split_of_few_gpus_is_tried(sizes: Sequence[int], expected: set[tu
     assert {(each.candidate.num_prefill, each.candidate.num_decode) for each in rated} == expected
     assert all(each.candidate.gpus <= 3 for each in rated)
     assert [each.per_gpu for each in rated] == sorted((each.per_gpu for each in rated), reverse=True)
+
+
+def test_all_candidates_are_tried_at_rates_of_one_grid() -> None:
+    tried: list[tuple[Candidate, float, Report | None]] = []
+    planner(tried).search(3, [profile(1)])
+    steps = [log(scale, PRECISION) for _, scale, _ in tried]
+    assert steps == pytest.approx([round(step) for step in steps])
+
+
+def test_a_rate_does_not_depend_on_what_was_rated_before(rated: list[Rated], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second candidate keeps some rates and misses a lower one."""
+    first, second = Candidate(1, 1, profile(1), profile(1)), Candidate(0, 2, profile(1), profile(1))
+
+    def kept(_: Planner, candidate: Candidate, _setup: Setup, scale: float, *_seed: int) -> Report | None:
+        served = scale < 1.2 if candidate is first else scale < 1.4 or 2.2 < scale < 3.0
+        return rated[0].report if served else None
+
+    monkeypatch.setattr(Planner, "_try", kept)
+    one = planner([])
+    assert one.rate(first).rate_scale == pytest.approx(1.2, rel=0.05)
+    assert one.rate(second) == planner([]).rate(second)
+
+
+def test_the_best_of_both_kinds_are_rated_at_several_draws_of_the_arrivals() -> None:
+    rated = planner([]).search(3, [profile(1)])
+    drawn = [each for each in rated if each.draws]
+    assert {each.candidate.colocated for each in drawn} == {True, False}
+    assert [each.candidate for each in drawn] == [rated[0].candidate, drawn[1].candidate]
+    for each in drawn:
+        others = [planner([]).rate(each.candidate, draw).per_gpu for draw in range(1, NUM_DRAWS)]
+        assert list(each.draws) == [each.per_gpu, *others]
+
+
+@pytest.mark.parametrize(
+    ("best", "other", "said"),
+    [
+        ((1.0, 1.1, 1.2), (1.0, 1.0, 1.05), "no clear difference between one colocated pool and separate pools here"),
+        ((1.04, 1.04, 1.04), (1.0, 1.0, 1.0), "no clear difference between one colocated pool and separate pools here"),
+        ((1.1, 1.2, 1.3), (1.0, 1.0, 1.0), "{} better here: 20% above {}"),
+    ],
+)
+def test_a_verdict_is_no_finer_than_the_search(
+    rated: list[Rated], best: Sequence[float], other: Sequence[float], said: str
+) -> None:
+    first, second = replace(rated[0], draws=best), replace(rated[1], draws=other)
+    better = "one colocated pool is" if first.candidate.colocated else "separate pools are"
+    lines = verdict([first, second], [profile(1)])
+    assert lines[1] == said.format(better, second.candidate.name)
+    assert lines[2] == "at 3 draws of the arrivals, rates searched in steps of 5%:"
+    assert lines[3] == f"  {min(best):.3f} to {max(best):.3f}, {first.candidate.name}"
