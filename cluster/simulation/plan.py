@@ -6,7 +6,7 @@ where the candidate's own work says, so no result depends on another's; a run st
 missed.
 
 With some hundred requests chance has a part in it, too: a higher rate may be kept where a lower one is not, and rates
-differ by 5 to 10 % from one draw of the arrivals to the next. So the best split and the best colocated pool are rated
+differ by up to 10 % from one draw of the arrivals to the next. So the best split and the best colocated pool are rated
 at several draws before they are compared.
 """
 
