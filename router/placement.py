@@ -171,6 +171,10 @@ class Placement(Generic[C]):
                 break
             yield outcome
         fresh, self._fresh = self._fresh, []
+        for candidate in filter(self._queue.waits, fresh):
+            too_long = self._too_long(candidate, candidate.facts())
+            if too_long is not None:
+                yield too_long
         for _ in range(sum(map(self._queue.waits, fresh))):  # those put back push nobody out
             refused = self._queue.refuse_excess()
             if refused is None:
@@ -185,11 +189,9 @@ class Placement(Generic[C]):
         table.now = self._clock()
         table.num_own = self._queue.num_running
         facts = candidate.facts()
-        if facts.num_tokens >= table.decode.most_max_len:  # nor may it keep others waiting until a worker says so
-            self._queue.release(candidate)
-            fit = table.decode.most_max_len - 1
-            reason = f"the prompt has {facts.num_tokens} tokens; with room for one more, at most {fit} fit"
-            return Refused(candidate, reason, None)
+        too_long = self._too_long(candidate, facts)
+        if too_long is not None:
+            return too_long
         hits = self._hits(candidate, facts)
         decision = self._policy.choose(facts, hits, table)
         if decision is None:
@@ -211,6 +213,15 @@ class Placement(Generic[C]):
         work = Reservation(prefill_tokens, past)
         pull = Reservation(blocks=blocks, pull_tokens=facts.num_tokens - matched)
         return Placed(candidate, decision, self._states[decision.prefill], decode, work, pull)
+
+    def _too_long(self, candidate: C, facts: RequestFacts) -> Refused[C] | None:
+        """No decode worker can hold it, so it may keep nobody waiting until one of them says so."""
+        decode, num_tokens = self._table.decode, facts.num_tokens
+        if not len(decode) or num_tokens < decode.most_max_len:
+            return None
+        self._queue.release(candidate)
+        reason = f"the prompt has {num_tokens} tokens; with room for one more, at most {decode.most_max_len - 1} fit"
+        return Refused(candidate, reason, None)
 
     def _note(self, candidate: C, facts: RequestFacts, decision: RoutingDecision) -> None:
         demand = self._table.demand

@@ -13,6 +13,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -104,10 +105,10 @@ def load_trace(path: Path, max_requests: int | None = None) -> Trace:
     with path.open(encoding="utf-8", errors="replace") as file:
         rows = _azure_rows(file) if path.suffix == ".csv" else _mooncake_rows(file)
         found: list[_Row] = []
-        for row in rows:
-            if max_requests is not None and len(found) >= max_requests:
-                break
-            found.append(row)
+        try:
+            found += islice(rows, max_requests)
+        except csv.Error as error:
+            raise TraceError(str(error)) from None
     if not found:
         raise TraceError("holds no request")
     found.sort(key=lambda row: row.seconds)

@@ -76,6 +76,7 @@ def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> Non
         ("100,1073741825", "line 2: GeneratedTokens: 1073741825 is not allowed"),
         ("x,44", "line 2: ValueError"),
         ("100", "line 2: TypeError"),
+        pytest.param("1" * 200_000 + ",44", "field larger than field limit", id="long"),
     ],
 )
 def test_an_azure_row_that_is_none_is_refused_with_the_line(tmp_path: Path, row: str, message: str) -> None:

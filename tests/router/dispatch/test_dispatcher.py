@@ -1,3 +1,5 @@
+import asyncio
+
 import pytest
 
 from engine.errors import InvalidRequest
@@ -179,9 +181,35 @@ async def test_a_prompt_that_fits_no_worker_is_refused_at_once_though_all_are_bu
             it.start(prompt=(*PROMPT, 1))
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
         waiting = it.start()
+        with pytest.raises(InvalidRequest):
+            it.start(prompt=(*PROMPT, 1))
         gate.opened.set()
         assert await collect(running) == await collect(waiting) == EXPECTED
         await it.until_quiet()
+
+
+async def test_frames_that_come_together_make_one_decision_for_those_who_wait(monkeypatch: pytest.MonkeyPatch):
+    async with cluster(0, 2, admission=AdmissionConfig(max_running=1)) as it:
+        gate = it["d0"].hooks["token"] = it["d1"].hooks["token"] = Gate()
+        streams = [it.start(max_tokens=1), it.start(max_tokens=1)]
+        await gate.reached.wait()
+        dispatcher, pumps = it.dispatcher, 0
+        pump = dispatcher._placement.pump
+
+        def counted():
+            nonlocal pumps
+            pumps += 1
+            return pump()
+
+        monkeypatch.setattr(dispatcher._placement, "pump", counted)
+        for _ in range(5):
+            for session in dispatcher._sessions.values():
+                dispatcher.session_reported(session)
+        assert pumps == 0
+        await asyncio.sleep(0)
+        assert pumps == 1
+        gate.opened.set()
+        assert [len(await collect(stream)) for stream in streams] == [1, 1]
 
 
 @pytest.mark.parametrize("hit", ["p0", "p1"])
