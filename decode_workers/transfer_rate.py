@@ -24,7 +24,7 @@ class TransferRate:
         self._used_at = now
 
     def token_s(self, now: float, *, pulling: bool) -> float:
-        """Seconds for each token; 0 while nothing has moved."""
+        """Seconds for each token; 0 while nothing has moved. `pulling`: the link is in use now."""
         if pulling:
             self._used_at = now
         return self._aged(now) * self._seconds / self._num_tokens if self._num_tokens else 0.0

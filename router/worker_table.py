@@ -28,7 +28,7 @@ _TRANSFER_PART = 0.1
 _MIN_STEP_S = 1e-5  # steps are divided by
 
 _NUM_MODEL = 5  # columns
-_NUM_DERIVED = 15
+_NUM_DERIVED = 14
 _NUM_COLUMNS = len(WorkerRow._fields) + _NUM_MODEL + _NUM_DERIVED
 
 
@@ -55,6 +55,7 @@ class Pool:
         max_lens = [state.description.max_model_len for state in states]
         self.max_len: Ints = np.array(max_lens, np.intp)  # tokens of a sequence, prompt and output
         self.least_max_len, self.most_max_len = min(max_lens, default=0), max(max_lens, default=0)
+        self.batch_tokens: Floats = np.array([state.description.max_batch_tokens for state in states], np.float64)
         columns: Floats = np.empty((_NUM_COLUMNS, len(states)))
         self._columns = columns
         self.block_size: Floats = columns[0]
@@ -87,8 +88,7 @@ class Pool:
         self.block_part: Floats = columns[27]  # one block's of its memory
         self.free_part: Floats = columns[28]  # of its memory
         self.pressure: Floats = columns[29]  # sequences, times the part of its memory that is taken
-        self.batch_tokens: Floats = columns[30]  # of a step
-        self.beside_s: Floats = columns[31]  # what decodes in a step beside a prompt takes of it
+        self.beside_s: Floats = columns[30]  # what decodes in a step beside a prompt takes of it
         for position, state in enumerate(states):
             self._write(state, position)
 
@@ -130,9 +130,9 @@ class Pool:
             prefiller = REFERENCE if self._prefillers is None else self._prefillers.typical_model
         base_s, token_s, pair_s = model.base_s, prefiller.prefill_token_s, prefiller.pair_s
         transfer_token_s = state.transfer_token_s or _TRANSFER_PART * token_s
-        wait_s, batch_tokens = row.queue_s, state.description.max_batch_tokens
+        wait_s = row.queue_s
         if row.num_waiting_tokens:
-            num_steps = math.ceil(row.num_waiting_tokens / batch_tokens)
+            num_steps = math.ceil(row.num_waiting_tokens / self.batch_tokens[position])
             wait_s += num_steps * base_s + token_s * row.num_waiting_tokens + pair_s * row.num_waiting_pairs
         used = row.num_blocks - row.num_free_blocks
         seq_tokens = used * row.block_size / max(1, row.num_seqs)
@@ -156,12 +156,11 @@ class Pool:
             max(_MIN_STEP_S, base_s + decoding_s),
             transfer_token_s,
             transfer_token_s * row.num_pull_tokens,
-            room if row.num_seqs else math.inf,  # what does not fit in an empty worker never will: let it say so
+            room if row.num_seqs else math.inf,  # an empty worker takes what it can hold, with less than the reserve
             row.num_seqs - row.num_running,
             1 / num_blocks,
             row.num_free_blocks / num_blocks,
             row.num_seqs * (1 - row.num_free_blocks / num_blocks),
-            batch_tokens,
             0.0 if state.prefills else decoding_s,
         )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router.costs import cheapest
+from router.costs import PrefillLoad, cheapest, prefill_cost
 from router.policies import RequestFacts, RoutingDecision, blocks_needed, with_room
 from router.worker_table import Floats, Ints, Pool, WorkerTable
 
@@ -95,7 +95,7 @@ class BlockCost:
 
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
         pool, decode = prefillers(table), table.decode
-        on_their_way = pool.wait_s / np.maximum(pool.prefill_token_s, 1e-9)
+        on_their_way = pool.wait_s / np.maximum(pool.prefill_token_s + pool.base_s / pool.batch_tokens, 1e-9)
         uncached = np.maximum(1, facts.num_tokens - hits[pool.rows])
         prefill_blocks = self.prefill_load_scale * (on_their_way + uncached) / pool.block_size
         return _place(facts, hits, table, prefill_blocks, decode.num_blocks - decode.num_free_blocks, "blocks")
@@ -114,8 +114,7 @@ class MinimumTtft:
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
         pool, decode = prefillers(table), table.decode
         uncached = np.maximum(1, facts.num_tokens - hits[pool.rows])
-        pairs = uncached * (facts.num_tokens - 0.5 * uncached + 0.5)
-        ttft = pool.wait_s + pool.base_s + pool.prefill_token_s * uncached + pool.pair_s * pairs
+        ttft = prefill_cost(facts.num_tokens, uncached, pool, PrefillLoad(0.0, 0.0)).first
         kv_tokens = (decode.num_blocks - decode.num_free_blocks) * decode.block_size + facts.num_tokens
         tpot = decode.base_s + decode.decode_s * (decode.num_seqs + 1) + decode.kv_token_s * kv_tokens
         return _place(facts, hits, table, ttft, tpot, "minimum TTFT")
