@@ -227,7 +227,7 @@ class Placement(Generic[C]):
         demand = self._table.demand
         where = demand.on_decode if decision.prefill is None else demand.on_prefill
         where.placed(decision.prefill_s, self._table.now)
-        if facts.session:
+        if facts.session and self._policy.uses_hits:
             block_size = self._states[decision.decode].description.block_size
             hashes = candidate.hashes(block_size)
             if hashes:
