@@ -69,13 +69,16 @@ def make_executor(spec: ClusterSpec, pool: PoolSettings) -> Executor:
         from engine.executors.simulated import SimulatedConfig, SimulatedExecutor
 
         simulated = spec.simulated
+        profile = load_profile(simulated.profile) if simulated.profile else None
+        num_tokens = profile.kv_tokens(pool.kv_memory) if profile else None
+        num_blocks = num_tokens // pool.block_size if num_tokens else (pool.kv_memory or HOST_KV_BYTES) // 4096
         return SimulatedExecutor(
             SimulatedConfig(
                 **simulated.model_dump(exclude={"max_model_len", "profile"}),
-                profile=load_profile(simulated.profile) if simulated.profile else None,
+                profile=profile,
                 max_model_len=spec.max_model_len or simulated.max_model_len,
                 block_size=pool.block_size,
-                num_blocks=pool.num_blocks or (pool.kv_memory or HOST_KV_BYTES) // 4096,
+                num_blocks=pool.num_blocks or num_blocks,
             ),
             time.sleep,
             time.monotonic if simulated.profile else None,

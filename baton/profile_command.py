@@ -78,6 +78,7 @@ def profile_worker(
             device=device_name(pool),
             model=f"{spec.public_model_name}, KV in {layout.dtype}" + (", random weights" * (spec.load == "dummy")),
             kv_bytes_per_token=layout.block_bytes // layout.block_size,
+            kv_tokens=executor.memory.num_blocks * layout.block_size,
             commands=[f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}: {command}"],
             prefill=steps.prefill,
             decode=steps.decode,

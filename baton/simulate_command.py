@@ -33,7 +33,7 @@ DEFAULT_PROFILE = "h200-llama-3-8b"
 MIN_RATE_SCALE, MAX_RATE_SCALE = 0.001, 1_000_000  # an hour in six weeks, and all at once
 POLICIES = "prefix_aware, round_robin, least_loaded, prefix_only, sglang, dynamo, mooncake"
 
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The cluster's spec. kv_cache.memory must be set.")]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The cluster's spec.")]
 TraceFile = Annotated[
     Path,
     typer.Option("--trace", metavar="FILE", help="Requests: Mooncake's JSON lines, or Azure's 2023 CSV."),

@@ -281,7 +281,7 @@ class ClusterSpec(Section):
 
     def pool(self, role: Role, auto: FoundDevice = "cpu") -> "PoolSettings":
         """The pool with everything it inherits filled in. `auto` is what device `auto` turns out to be; of simulated
-        workers with a profile, the device that it was measured on."""
+        workers, the one that their profile was measured on."""
         pool = self.prefill if role == "prefill" else self.decode
         engine: PoolEngine = pool.engine or self.engine
         device = pool.device or self.device
@@ -289,9 +289,9 @@ class ClusterSpec(Section):
             device = "cpu"
         found: FoundDevice = auto if device == "auto" else device
         steps = _overridden(self.scheduler, pool.scheduler)
-        profiled = engine == "simulated" and self.simulated.profile is not None
+        limits_of = auto if engine == "simulated" else found
         max_batch_tokens, max_num_seqs = step_limits(
-            auto if profiled else found, steps.max_batch_tokens, steps.max_num_seqs, streams=role == "decode"
+            limits_of, steps.max_batch_tokens, steps.max_num_seqs, streams=role == "decode"
         )
         kv_cache = _kv_cache(self.kv_cache, pool.kv_cache)
         return PoolSettings(
@@ -304,7 +304,7 @@ class ClusterSpec(Section):
             block_size=pool.block_size or self.block_size,
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
-            kv_memory=kv_bytes(found, kv_cache.memory),
+            kv_memory=kv_bytes(limits_of, kv_cache.memory),
             num_blocks=kv_cache.num_blocks,
             kv_dtype=kv_cache.dtype,
             host=pool.host or self.security.bind_host,

@@ -87,6 +87,7 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     tensor_parallel: Positive = 1
     kv_bytes_per_token: Positive
+    kv_tokens: Positive | None = None  # that the worker measured had room for
     commands: list[str]  # how it was measured
     transfer: Transfer | None = None
     prefill: Annotated[list[PrefillStep], msgspec.Meta(min_length=1)]
@@ -127,6 +128,14 @@ class StepProfile:
             return cls.from_json(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is no step profile: {error}") from error
+
+    def kv_tokens(self, memory: int | None) -> int | None:
+        """That a worker has room for in so many bytes on each of its GPUs. Without a number: what the one measured had,
+        None where the file does not say."""
+        measured = self.measured
+        if memory is None:
+            return measured.kv_tokens
+        return memory // measured.kv_bytes_per_token * measured.tensor_parallel
 
     def step_seconds(self, work: StepWork) -> float:
         """About a microsecond's work. Nothing to compute takes no time."""

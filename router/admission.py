@@ -38,6 +38,7 @@ class Admission(Generic[T]):
         self._waiting: dict[T, tuple[int, Place[T]]] = {}  # with its priority
         self._running: dict[T, tuple[int, Place[T]]] = {}
         self._completions: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._busy_since = 0.0  # meaningful while anything runs
 
     @property
     def num_waiting(self) -> int:
@@ -80,6 +81,8 @@ class Admission(Generic[T]):
         priority = min(self._queues)
         place = self._queues[priority].take()
         self._drop_if_empty(priority)
+        if not self._running:
+            self._busy_since = self._clock()
         self._running[place.entry] = self._waiting.pop(place.entry)
         return place.entry
 
@@ -107,10 +110,10 @@ class Admission(Generic[T]):
         now = self._clock()
         while self._completions and now - self._completions[0] > _RATE_WINDOW_S:
             self._completions.popleft()
-        if len(self._completions) < 2:
-            return _MIN_RETRY_AFTER_S
-        elapsed = now - self._completions[0]
-        estimate = elapsed * (len(self._waiting) + 1) / len(self._completions)
+        if len(self._completions) >= 2:
+            estimate = (now - self._completions[0]) * (len(self._waiting) + 1) / len(self._completions)
+        else:  # what runs has kept everybody waiting for so long already
+            estimate = now - self._busy_since if self._running else 0.0
         return min(_MAX_RETRY_AFTER_S, max(_MIN_RETRY_AFTER_S, estimate))
 
     def _push(self, priority: int, place: Place[T]) -> None:

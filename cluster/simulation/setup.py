@@ -75,7 +75,7 @@ def make_pool(spec: ClusterSpec, role: Role, profile: StepProfile, block_size: i
     size = block_size or max(pool.block_size, MIN_BLOCK_SIZE)
     if TRACE_BLOCK % size:
         raise SpecError([f"--block-size: {size} is not allowed: blocks of a trace have 512 tokens; allowed: a divisor"])
-    num_tokens = _kv_tokens(pool, measured.kv_bytes_per_token) * measured.tensor_parallel
+    num_tokens = _kv_tokens(pool, profile)
     if num_tokens < size:
         raise SpecError([f"{role}: kv_cache holds {num_tokens} tokens: less than one block of {size}"])
     config = SchedulerConfig(max_batch_tokens=pool.max_batch_tokens, max_num_seqs=pool.max_num_seqs)
@@ -92,14 +92,15 @@ def make_pool(spec: ClusterSpec, role: Role, profile: StepProfile, block_size: i
     )
 
 
-def _kv_tokens(pool: PoolSettings, kv_bytes_per_token: int) -> int:
+def _kv_tokens(pool: PoolSettings, profile: StepProfile) -> int:
     if pool.num_blocks is not None:
-        return pool.num_blocks * pool.block_size
-    if pool.kv_memory is None:
+        return pool.num_blocks * pool.block_size * profile.measured.tensor_parallel
+    num_tokens = profile.kv_tokens(pool.kv_memory)
+    if num_tokens is None:
         raise SpecError(
             [
-                "kv_cache.memory: must be set for a simulation: without it a worker finds out at its start what "
-                "its GPU has left; allowed: a size such as 100GiB, or kv_cache.num_blocks"
+                "kv_cache.memory: must be set, as the profile does not say what a worker's GPU has left for it; "
+                "allowed: a size such as 100GiB, or kv_cache.num_blocks"
             ]
         )
-    return pool.kv_memory // kv_bytes_per_token
+    return num_tokens

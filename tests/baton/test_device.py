@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import torch
 
-from baton.compose import found_pool
+from baton.compose import found_pool, make_executor
 from baton.device import find_device
 from baton.step_profiles import load_profile
 from cluster.simulation.setup import make_pool
@@ -39,7 +39,7 @@ def test_simulated_workers_have_the_limits_of_the_device_of_their_profile(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In a real cluster, where they compute on the CPU, and in a simulated one."""
+    """In a real cluster, where they compute on the CPU, and in a simulated one, which always has a profile."""
     monkeypatch.chdir(tmp_path)
     h200 = load_profile("h200-llama-3-8b")
     Path("cpu.json").write_text(msgspec.structs.replace(h200.measured, device="x86_64 CPU, 1 threads").to_json())
@@ -48,9 +48,18 @@ def test_simulated_workers_have_the_limits_of_the_device_of_their_profile(
     pools = [found_pool(spec, role) for role in ROLES]
     assert [pool.device for pool in pools] == ["cpu", "cpu"]
     assert [(pool.max_batch_tokens, pool.max_num_seqs) for pool in pools] == limits
-    measured = load_profile(profile) if profile else h200
-    simulated = [make_pool(spec, role, measured).scheduler for role in ROLES]
-    assert [(config.max_batch_tokens, config.max_num_seqs) for config in simulated] == limits
+    if profile is not None:
+        simulated = [make_pool(spec, role, load_profile(profile)).scheduler for role in ROLES]
+        assert [(config.max_batch_tokens, config.max_num_seqs) for config in simulated] == limits
+
+
+def test_simulated_workers_of_a_profile_have_room_for_as_many_tokens_as_its_worker() -> None:
+    profiled = {"engine": "simulated", "simulated": {"profile": "h200-llama-3-8b"}}
+    for kv_cache, num_blocks in (({}, 893_504 // 16), ({"memory": "1GiB"}, 512), ({"num_blocks": 77}, 77)):
+        spec = parse_spec({"model": "tiny", "kv_cache": kv_cache} | profiled)
+        assert make_executor(spec, found_pool(spec, "decode")).memory.num_blocks == num_blocks
+    unprofiled = parse_spec({"model": "tiny", "engine": "simulated", "kv_cache": {"memory": "1MiB"}})
+    assert make_executor(unprofiled, found_pool(unprofiled, "decode")).memory.num_blocks == 256
 
 
 def test_a_gpu_that_is_not_there_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,7 @@ def test_a_profile_of_a_model_on_the_cpu_predicts_its_steps(tmp_path: Path) -> N
     measured = profile_worker(spec, found_pool(spec, "decode"), Console(quiet=True), "a test", quick=True)
     profile = StepProfile(measured)
     assert measured.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert measured.kv_tokens == 64 * 16
     assert profile.step_seconds(StepWork(64, num_pairs(64, 0))) > profile.step_seconds(StepWork(decodes=1)) > 1e-5
     assert StepProfile.from_json(measured.to_json()).measured == measured
 

@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 
 from baton.cli import main
+from baton.step_profiles import load_profile
+from cluster.simulation.setup import make_pool
+from cluster.spec_file import load_spec
 
 SPEC = {"model": "m", "kv_cache": {"memory": "4GiB"}, "prefill": {"replicas": 2}, "decode": {"replicas": 2}}
 
@@ -158,12 +162,27 @@ def test_one_request_cannot_be_planned_for(
     assert "holds one request" in capsys.readouterr().err
 
 
-def test_a_spec_without_kv_memory_and_a_bad_trace_are_named(
+@pytest.mark.parametrize("engine", ["torch", "simulated"])
+def test_what_a_spec_leaves_open_is_as_on_the_device_of_the_profile(
+    tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    spec, out = tmp_path / "short.yaml", tmp_path / "out.json"
+    spec.write_text(f"model: m\nengine: {engine}\n")
+    assert baton(monkeypatch, "simulate", spec, "--trace", trace_file, "--json", out) == 0
+    pools = json.loads(out.read_text())["pools"]
+    assert {pools[role]["kv_tokens"] for role in ("prefill", "decode")} == {893_440}  # 893,504 in blocks of 128
+    pool = make_pool(load_spec(spec), "prefill", load_profile("h200-llama-3-8b"))
+    assert (pool.scheduler.max_batch_tokens, pool.scheduler.max_num_seqs) == (8192, 256)
+
+
+def test_a_spec_and_a_profile_without_kv_memory_and_a_bad_trace_are_named(
     tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = tmp_path / "short.yaml"
+    spec, profile = tmp_path / "short.yaml", tmp_path / "profile.json"
     spec.write_text("model: m\n")
-    assert baton(monkeypatch, "simulate", spec, "--trace", trace_file) == 2
+    fields = msgspec.structs.replace(load_profile("h200-llama-3-8b").measured, kv_tokens=None)
+    profile.write_text(fields.to_json())
+    assert baton(monkeypatch, "simulate", spec, "--trace", trace_file, "--profile", profile) == 2
     assert "kv_cache.memory: must be set" in capsys.readouterr().err
     trace_file.write_text("{}\n")
     assert baton(monkeypatch, "simulate", spec, "--trace", trace_file) == 2

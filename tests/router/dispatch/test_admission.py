@@ -85,6 +85,25 @@ def test_retry_after_follows_the_recent_completion_rate():
     assert queue.retry_after() == 1.0  # an hour without requests does not mean that each takes an hour
 
 
+def test_retry_after_is_as_long_as_what_runs_has_taken_when_nothing_ends():
+    clock = Clock()
+    queue = Admission(AdmissionConfig(), clock)
+    clock.now += 100.0
+    for entry in ("first", "second", "third"):
+        queue.add(entry, 0)
+    queue.take()
+    assert queue.retry_after() == 1.0  # a burst says nothing yet
+    clock.now += 20.0
+    queue.take()
+    assert queue.retry_after() == 20.0
+    clock.now += 3600.0
+    assert queue.retry_after() == 60.0
+    queue.release("first")
+    queue.release("second")
+    clock.now += 61.0
+    assert queue.retry_after() == 1.0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_it_agrees_with_a_sorted_list(seed):
     rng = random.Random(seed)
