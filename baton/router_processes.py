@@ -82,7 +82,7 @@ async def run_router_processes(spec: ClusterSpec, spec_path: Path, *, index: int
             for number in range(router.workers)
         ]
         watch = Watch(commands, Path(metrics_dir), stop)
-        async with Supervisor(commands, watch.ended, grace_s=DRAIN_GRACE_S + CUT_S, backoff=_backoff):
+        async with Supervisor([commands], watch.ended, grace_s=DRAIN_GRACE_S + CUT_S, backoff=_backoff):
             await stop.wait()
     if watch.failure:
         raise ClusterFailed(watch.failure)

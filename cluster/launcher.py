@@ -168,7 +168,9 @@ class LocalCluster:
             exits.enter_context(locked(self.run_dir))
             self._ended_early = asyncio.get_running_loop().create_future()
             self._write_run_dir()
-            self._supervisor = Supervisor(self._commands, self._ended, grace_s=self._grace_s)
+            # The router first: what it has taken needs the workers until it ends.
+            stages = (self._commands[:1], self._commands[1:])
+            self._supervisor = Supervisor(stages, self._ended, grace_s=self._grace_s)
             await exits.enter_async_context(self._supervisor)
             await self._until_ready(self._ended_early)
             self._ended_early = None

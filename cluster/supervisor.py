@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
 
 from cluster.process import Child, Command, ending, start
@@ -52,11 +53,12 @@ class Backoff:
 
 
 class Supervisor:
-    """`report` is called for every unasked-for ending."""
+    """`stages` are stopped one after another, the children of each at once; all of that may take `grace_s`. `report`
+    is called for every unasked-for ending."""
 
     def __init__(
         self,
-        commands: Sequence[Command],
+        stages: Sequence[Sequence[Command]],
         report: Callable[[Ended], None],
         *,
         grace_s: float = GRACE_S,
@@ -64,7 +66,7 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._commands = commands
+        self._stages = stages
         self._report = report
         self._grace_s = grace_s
         self._backoff = backoff
@@ -81,7 +83,7 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         """Start every child. Raises OSError when a program cannot be run; then none is left running."""
         try:
-            for command in self._commands:
+            for command in chain.from_iterable(self._stages):
                 self._running[command.name] = await start(command)
                 self._keepers.append(asyncio.create_task(self._keep(command), name=command.name))
         except BaseException:
@@ -96,9 +98,20 @@ class Supervisor:
         """Cancelled, it kills what it would have waited for."""
         for keeper in self._keepers:
             keeper.cancel()
-        stops = [child.stop(self._grace_s) for child in self._running.values()]
-        await asyncio.gather(*stops, *self._keepers, return_exceptions=True)
-        self._running.clear()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._grace_s
+        try:
+            for stage in self._stages:
+                names = [command.name for command in stage if command.name in self._running]
+                grace_s = max(0.0, until - loop.time())
+                stops = [self._running[name].stop(grace_s) for name in names]
+                await asyncio.gather(*stops, return_exceptions=True)
+                for name in names:
+                    del self._running[name]
+        finally:
+            rest = [child.stop(0) for child in self._running.values()]
+            await asyncio.gather(*rest, *self._keepers, return_exceptions=True)
+            self._running.clear()
 
     async def _keep(self, command: Command) -> None:
         """Wait for the running child's end and start the next, forever."""

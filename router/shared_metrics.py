@@ -2,17 +2,23 @@
 
 The files are those of prometheus_client's multiprocess mode, whose collector adds them up. Values are kept in plain
 Python, as one process keeps them, and written about once a second; so a process that is killed takes at most that
-much with it, and the process that answers a scrape writes its own first.
+much with it, and the process that answers a scrape writes its own first. Files are written whole and then renamed:
+in a mapped one, as prometheus_client's own are, a full disk would kill the process. Where they cannot be written the
+sum is older, no more.
 """
 
 import asyncio
-from collections.abc import Iterator
+import logging
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
+
+log = logging.getLogger(__name__)
 
 WRITE_S = 1.0
 
@@ -26,10 +32,8 @@ class SharedMetrics(Collector):
         self._directory = directory
         self._process = process
         self._merged = MultiProcessCollector(None, str(directory))
-        self._totals = {kind: MmapedDict(str(self._file(kind))) for kind in ("counter", "histogram")}
-        self._earlier = {
-            kind: {key: value for key, value, _ in totals.read_all_values()} for kind, totals in self._totals.items()
-        }
+        self._earlier = {kind: _read(self._file(kind)) for kind in ("counter", "histogram")}
+        self._failure = ""  # of the last write
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
@@ -42,32 +46,54 @@ class SharedMetrics(Collector):
             await asyncio.sleep(WRITE_S)
 
     def write(self) -> None:
-        gauges: dict[str, dict[str, float]] = {"livesum": {}, "livemax": {}}
+        """Where that fails it is logged, once."""
+        try:
+            for kind, values in self._now().items():
+                file = self._file(kind)
+                fresh = file.with_suffix(".new")
+                fresh.write_bytes(_packed(values))
+                fresh.replace(file)
+            self._failure = ""
+        except OSError as error:
+            if self._failure != str(error):
+                self._failure = str(error)
+                log.warning("metrics of this process cannot be written: %s", error)
+
+    def _now(self) -> dict[str, dict[str, float]]:
+        """By kind of file, the value of each key. Gauges go, as workers do."""
+        files: dict[str, dict[str, float]] = {"gauge_livesum": {}, "gauge_livemax": {}}
+        files |= {kind: dict(earlier) for kind, earlier in self._earlier.items()}
         for family in self._own.collect():
             if family.type == "gauge":
                 for key, labels, value in _values(family):
                     # What several routers say of one worker does not add up: the worst is shown.
-                    gauges["livemax" if "worker_id" in labels else "livesum"][key] = value
+                    files["gauge_livemax" if "worker_id" in labels else "gauge_livesum"][key] = value
                 continue
-            totals, earlier = self._totals[family.type], self._earlier[family.type]
+            earlier = self._earlier[family.type]
             for key, _, value in _values(family):
-                totals.write_value(key, earlier.get(key, 0.0) + value, 0.0)
-        for mode, values in gauges.items():
-            self._replace(f"gauge_{mode}", values)
+                files[family.type][key] = earlier.get(key, 0.0) + value
+        return files
 
     def _file(self, kind: str) -> Path:
         return self._directory / f"{kind}_{self._process}.db"
 
-    def _replace(self, kind: str, values: dict[str, float]) -> None:
-        """Anew each time: gauges go, as workers do."""
-        path = self._file(kind)
-        fresh = path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        file = MmapedDict(str(fresh))
-        for key, value in values.items():
-            file.write_value(key, value, 0.0)
-        file.close()
-        fresh.replace(path)
+
+def _read(file: Path) -> dict[str, float]:
+    if not file.exists():
+        return {}
+    return {key: value for key, value, _, _ in MmapedDict.read_all_values_from_file(str(file))}
+
+
+def _packed(values: Mapping[str, float]) -> bytes:
+    """As MmapedDict keeps them: the size of all in an int and four bytes more, then of each the key's size in an int,
+    the key, padded to where a double may begin, the value, and a time that nobody reads."""
+    entries = []
+    for key, value in values.items():
+        name = key.encode()
+        padded = name + b" " * (8 - (len(name) + 4) % 8)
+        entries.append(struct.pack(f"i{len(padded)}sdd", len(name), padded, value, 0.0))
+    packed = b"".join(entries)
+    return struct.pack("ii", 8 + len(packed), 0) + packed
 
 
 def _values(family: Metric) -> Iterator[tuple[str, dict[str, str], float]]:

@@ -40,7 +40,7 @@ def test_a_steady_run_makes_a_fresh_beginning() -> None:
 async def test_a_killed_child_is_started_again(tmp_path: Path, fifo: Path) -> None:
     reports = Reports()
     commands = [python(tmp_path, "child", announcing(fifo))]
-    async with Supervisor(commands, reports, backoff=impatient) as supervisor:
+    async with Supervisor([commands], reports, backoff=impatient) as supervisor:
         first = await next_pid(fifo)
         os.kill(first, signal.SIGKILL)
         ended = await reports.next()
@@ -61,7 +61,7 @@ async def test_a_child_that_always_fails_waits_longer_each_time(tmp_path: Path) 
             await asyncio.Event().wait()
 
     command = Command("child", ("/bin/false",), {}, tmp_path / "log")
-    async with Supervisor([command], reports, sleep=sleep, backoff=lambda: Backoff(1, 3)):
+    async with Supervisor([[command]], reports, sleep=sleep, backoff=lambda: Backoff(1, 3)):
         assert [(await reports.next()).status for _ in range(4)] == [1, 1, 1, 1]
     assert slept == [1, 2, 3, 3]
 
@@ -69,7 +69,7 @@ async def test_a_child_that_always_fails_waits_longer_each_time(tmp_path: Path) 
 async def test_leaving_stops_every_child_and_reports_none(tmp_path: Path, fifo: Path) -> None:
     reported: list[Ended] = []
     commands = [python(tmp_path, "a", SLEEP), python(tmp_path, "b", stubborn(fifo)), python(tmp_path, "c", SLEEP)]
-    async with Supervisor(commands, reported.append, grace_s=0.3) as supervisor:
+    async with Supervisor([commands], reported.append, grace_s=0.3) as supervisor:
         pids = list(supervisor.pids.values())
         await next_pid(fifo)
     assert len(pids) == 3
@@ -79,14 +79,14 @@ async def test_leaving_stops_every_child_and_reports_none(tmp_path: Path, fifo: 
 
 
 async def test_leaving_at_once_leaves_no_child(tmp_path: Path) -> None:
-    async with Supervisor([python(tmp_path, "child", SLEEP)], print) as supervisor:
+    async with Supervisor([[python(tmp_path, "child", SLEEP)]], print) as supervisor:
         (pid,) = supervisor.pids.values()
     assert ends_within(pid, 0)
 
 
 async def test_a_program_that_cannot_run_leaves_no_other_running(tmp_path: Path, fifo: Path) -> None:
     bad = Command("bad", ("/nowhere/program",), {}, tmp_path / "bad.log")
-    supervisor = Supervisor([python(tmp_path, "good", announcing(fifo)), bad], print, grace_s=5)
+    supervisor = Supervisor([[python(tmp_path, "good", announcing(fifo)), bad]], print, grace_s=5)
     with pytest.raises(FileNotFoundError):
         await supervisor.__aenter__()
     assert supervisor.pids == {}
@@ -96,15 +96,35 @@ async def test_a_second_interruption_kills_at_once(tmp_path: Path, fifo: Path) -
     leaving = asyncio.Event()
 
     async def serve() -> None:
-        async with Supervisor([python(tmp_path, "child", stubborn(fifo))], print, grace_s=600):
+        stages = [[python(tmp_path, "child", stubborn(fifo))], [python(tmp_path, "later", SLEEP)]]
+        async with Supervisor(stages, print, grace_s=600) as supervisor:
+            pids.extend(supervisor.pids.values())
             await leaving.wait()
 
+    pids: list[int] = []
     serving = asyncio.create_task(serve())
-    child = await next_pid(fifo)
+    await next_pid(fifo)
     leaving.set()
     done, _ = await asyncio.wait({serving}, timeout=0.1)
     assert not done
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(serving, 20)
-    assert ends_within(child, 10)
+    assert len(pids) == 2
+    assert all(ends_within(pid, 10) for pid in pids)
+
+
+async def test_a_stage_is_stopped_when_the_one_before_it_has_ended(tmp_path: Path, fifo: Path) -> None:
+    stages = [[python(tmp_path, "first", stubborn(fifo))], [python(tmp_path, "second", SLEEP)]]
+    supervisor = Supervisor(stages, print, grace_s=600)
+    async with asyncio.timeout(60):
+        await supervisor.__aenter__()
+        first, second = (supervisor.pids[name] for name in ("first", "second"))
+        await next_pid(fifo)
+        leaving = asyncio.create_task(supervisor.__aexit__())
+        await asyncio.wait({leaving}, timeout=0.1)
+        assert not ends_within(second, 0)
+        os.kill(first, signal.SIGKILL)
+        await leaving
+    assert ends_within(second, 0)
+    assert supervisor.pids == {}

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
@@ -76,6 +77,22 @@ def test_of_a_worker_the_worst_is_shown_until_it_leaves(tmp_path: Path) -> None:
     near.lags, far.lags = {"a": 1.0}, {"a": 0.5}
     other.write()
     assert [seen("lag", {"worker_id": each}) for each in "ab"] == [1.0, None]
+
+
+def test_a_directory_that_is_gone_for_a_while_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory, away = tmp_path / "metrics", tmp_path / "away"
+    directory.mkdir()
+    own, shared = process(directory, 0)
+    own.num_running = 1
+    shared.write()
+    directory.rename(away)
+    own.num_running = 2
+    for _ in range(3):
+        assert list(shared.registry.collect()) == []
+    (warning,) = caplog.messages
+    assert "cannot be written" in warning
+    away.rename(directory)
+    assert shared.registry.get_sample_value("vllm:num_requests_running", MODEL) == 2
 
 
 def _samples(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
