@@ -40,12 +40,12 @@ def random_trace(seed: int, num_requests: int = 120, seconds: float = 10.0) -> T
 
 @pytest.mark.usefixtures("at_given_times")
 def test_a_handoff_takes_what_its_parts_take() -> None:
-    """Prefill 10 ms + 100 * 0.1 ms; the KV of the last of 4 layer groups after that; then steps of 11 ms."""
+    """Prefill 10 ms + 100 * 0.1 ms; the KV of the last sixteenth of the layers after that; then steps of 11 ms."""
     (outcome,) = run(make_setup(), trace_of(request(0, arrived=1.0, num_prompt=100, num_output=3))).outcomes
     prefill_s, copy_s, step_s = 0.02, 100 * KV_BYTES / 1e9, 0.011
     assert outcome.ttft == pytest.approx(NETWORK_S + prefill_s + NETWORK_S)
-    # The offer reaches the decode worker while the prompt is computed, so all but a quarter travels before its end.
-    decode_starts = 1.0 + NETWORK_S + prefill_s + copy_s / 4 + LATENCY_S
+    # The offer reaches the decode worker while the prompt is computed, so all but a sixteenth travels before its end.
+    decode_starts = 1.0 + NETWORK_S + prefill_s + copy_s / 16 + LATENCY_S
     assert outcome.finished == pytest.approx(decode_starts + 2 * step_s + NETWORK_S)
     assert outcome.transferred_bytes == 100 * KV_BYTES
     assert (outcome.prefill_worker, outcome.decode_worker) == ("prefill-0", "decode-0")
@@ -63,8 +63,8 @@ def test_without_prefill_workers_the_decode_worker_does_it_all() -> None:
 def test_a_long_prompt_takes_several_steps_and_only_the_last_chunk_travels_after_the_next_to_last() -> None:
     (outcome,) = run(make_setup(), trace_of(request(0, num_prompt=2000, num_output=2))).outcomes
     assert outcome.ttft == pytest.approx(2 * NETWORK_S + 2 * 0.01 + 2000 * 1e-4)
-    # 1024 tokens in the first step, 976 in the second: a quarter of their bytes is left when it ends.
-    tail_s = 976 * KV_BYTES / 1e9 / 4 + LATENCY_S
+    # 1024 tokens in the first step, 976 in the second: a sixteenth of their bytes is left when it ends.
+    tail_s = 976 * KV_BYTES / 1e9 / 16 + LATENCY_S
     assert outcome.tpot == pytest.approx(tail_s + 0.011)
 
 
