@@ -25,7 +25,7 @@ from baton.simulate_command import (
     transfer_speed,
 )
 from baton.step_profiles import load_profile
-from cluster.spec import ClusterSpec
+from cluster.spec import ClusterSpec, SloSpec
 from cluster.spec_errors import SpecError
 from cluster.spec_file import load_spec, parse_spec, plain_data
 
@@ -67,24 +67,22 @@ def plan_command(
     if not 0 < attainment < 1:
         raise SpecError([f"--attainment: {attainment:g} is not allowed; allowed: between 0 and 1"])
     need_writable("--json", json_file)
+    from cluster.routing import make_policy
     from cluster.simulation.plan import Planner
-    from cluster.simulation.setup import make_setup, policy_maker
-    from router.policies import price_of_answers
+    from cluster.simulation.setup import make_setup
 
     loaded, requests, limits = load_spec(spec), read_trace(trace, max_requests), parse_slo(slo)
     if len(requests.requests) < 2:
         raise SpecError([f"--trace: {trace} holds one request, which has no rate; allowed: at least two"])
     profiles = _profiles(loaded, profile)
-    if loaded.router.answer_price is None:  # routers of a cluster with these limits would be told
-        price = price_of_answers(limits.ttft_s, limits.tpot_s)
-        loaded = loaded.model_copy(update={"router": loaded.router.model_copy(update={"answer_price": price})})
-    policy = policy_maker(loaded, None)
+    # Routers of a cluster with these limits would be told them.
+    told = SloSpec(ttft_s=limits.ttft_s, tpot_s=limits.tpot_s)
 
     def setup(candidate: "Candidate") -> "Setup":
         return make_setup(
             _with_replicas(loaded, candidate),
             {"prefill": candidate.prefill, "decode": candidate.decode},
-            policy=policy,
+            policy=lambda: make_policy(loaded.router, told),
             speed=transfer_speed(candidate.decode, bandwidth),
         )
 

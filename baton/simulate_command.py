@@ -30,6 +30,9 @@ if TYPE_CHECKING:  # numpy and the router are imported when the command runs
     from engine.step_profile import StepProfile
 
 DEFAULT_PROFILE = "h200-llama-3-8b"
+MAX_SLO_S = 86400
+MIN_BANDWIDTH = 0.001  # GB/s: below that a simulation does little but renew leases
+MAX_ROUTERS = 256
 MIN_RATE_SCALE, MAX_RATE_SCALE = 0.001, 1_000_000  # an hour in six weeks, and all at once
 POLICIES = "prefix_aware, round_robin, least_loaded, prefix_only, sglang, dynamo, mooncake"
 
@@ -71,7 +74,9 @@ def simulate_command(
     slo: SloText = "ttft=2,tpot=0.05",
     rate_scale: RateScale = 1.0,
     seed: Seed = 0,
-    routers: Annotated[int, typer.Option(min=1, help="Router replicas; each knows only what it sent itself.")] = 1,
+    routers: Annotated[
+        int, typer.Option(min=1, max=MAX_ROUTERS, help="Router replicas; each knows only what it sent itself.")
+    ] = 1,
     max_requests: MaxRequests = None,
     bandwidth: Bandwidth = None,
     block_size: Annotated[
@@ -180,8 +185,8 @@ def transfer_speed(profile: "StepProfile", bandwidth: float | None) -> "Transfer
 
     if bandwidth is None:
         return None
-    if not 0 < bandwidth < math.inf:
-        raise SpecError([f"--bandwidth: {bandwidth:g} is not allowed; allowed: above 0"])
+    if not MIN_BANDWIDTH <= bandwidth < math.inf:
+        raise SpecError([f"--bandwidth: {bandwidth:g} is not allowed; allowed: at least {MIN_BANDWIDTH}"])
     transfer = profile.measured.transfer
     return TransferSpeed(bandwidth * 1e9, transfer.latency_s if transfer else 0.0)
 
@@ -197,8 +202,9 @@ def parse_slo(text: str) -> "Slo":
             values[name.strip()] = float(value)
         except ValueError:
             values[name.strip()] = 0.0
-    if set(values) != {"ttft", "tpot"} or not all(value > 0 for value in values.values()):
-        raise SpecError([f"--slo: {text!r} is not allowed; allowed: both in seconds, such as ttft=2,tpot=0.05"])
+    if set(values) != {"ttft", "tpot"} or not all(0 < value <= MAX_SLO_S for value in values.values()):
+        allowed = f"both in seconds, at most {MAX_SLO_S}, such as ttft=2,tpot=0.05"
+        raise SpecError([f"--slo: {text!r} is not allowed; allowed: {allowed}"])
     return Slo(values["ttft"], values["tpot"])
 
 

@@ -373,6 +373,12 @@ def check_together(spec: ClusterSpec) -> Iterator[str]:
         yield from _check_pool(spec, pool)
         if len(spec.possible_devices(role)) == 1:
             yield from check_device(spec, pool)
+    slo = spec.router.slo
+    if spec.router.policy != "prefix_aware" and (slo.ttft_s is not None or slo.tpot_s is not None):
+        yield (
+            f"router.slo: is not allowed with router.policy {spec.router.policy!r}, which predicts no times; "
+            "allowed: with prefix_aware"
+        )
     if spec.transfer.lease_s <= spec.transfer.silence_s:
         yield (
             f"transfer.lease_s: {spec.transfer.lease_s} is not allowed: a lease must outlast a silent link; "

@@ -12,6 +12,10 @@ from router.worker_table import Bools, Floats, Ints, Pool
 _MIN_SLACK = 0.1
 _MIN_FREE = 0.05  # of a decode worker's memory, likewise
 
+# For each request that waits for a decode worker, it and how many more of those that come behind it. At 10, decode
+# workers would leave the prompts to prefill workers that are fuller than they are.
+_PER_WAITING = 3.0
+
 
 class PrefillLoad(msgspec.Struct, frozen=True, gc=False):
     """Of one worker that prefills: requests that come each second, and the part of its time that they take."""
@@ -78,6 +82,12 @@ def decode_cost(
         freed = np.maximum(1.0, pool.seq_tokens) * np.maximum(1.0, num_seqs) / (mean_output * step)
         waits = waits + np.where(short, np.minimum(missing, pool.num_tokens) / freed, 0.0)
     return DecodeCost(step, answers, waits)
+
+
+def delayed_by_decoding(num_waiting: float, pool: Pool) -> float:
+    """How many requests wait longer, each by as much, where one worker of the pool decodes nothing for a while: as much
+    less memory is given back, to those that wait for it and to those that come before nobody does."""
+    return _PER_WAITING * num_waiting / len(pool)
 
 
 def cheapest(costs: Floats, turn: int) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, prefill_cost
+from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, delayed_by_decoding, prefill_cost
 from router.demand import PrefillDemand
 from router.worker_table import Bools, Floats, Ints, Pool, WorkerTable
 
@@ -40,7 +40,8 @@ def price_of_answers(ttft_s: float, tpot_s: float) -> float:
     return min(1.0, ttft_s / (tpot_s * ANSWER_TOKENS))
 
 
-ANSWER_PRICE = price_of_answers(ttft_s=2.0, tpot_s=0.05)
+TPOT_S = 0.05  # limit for a later token, where nobody says another one
+ANSWER_PRICE = price_of_answers(ttft_s=2.0, tpot_s=TPOT_S)
 
 
 class RequestFacts(msgspec.Struct, frozen=True, gc=False):
@@ -131,7 +132,8 @@ class PrefixAware:
     """
 
     local_prefill_max_tokens: int | None = None
-    answer_price: float = ANSWER_PRICE
+    answer_price: float = ANSWER_PRICE  # on average, up to the limit
+    tpot_s: float = TPOT_S
     uses_hits: bool = True
 
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
@@ -157,9 +159,15 @@ class PrefixAware:
             able &= in_time
             if not np.count_nonzero(able):
                 return None
-        costs = np.where(able, routes.seconds + self.answer_price * decode.answers + decode.waits, np.inf)
+        costs = np.where(able, routes.seconds + self._price(decode.step) * decode.answers + decode.waits, np.inf)
         best = cheapest(costs, table.turn)
         return routes.decision(best, hits, table, float(costs[best]))
+
+    def _price(self, step: Floats) -> Floats:
+        """Of a second of an answer where a step takes so long: from nothing up to twice `answer_price` at the limit, as
+        of a loss that grows with the square of the step, and at the limit is what it is at a constant price."""
+        price: Floats = np.minimum(2.0 * self.answer_price, (2.0 * self.answer_price / self.tpot_s) * step)
+        return price
 
     def _routes(self, facts: RequestFacts, hits: Ints, hits_here: Ints, table: WorkerTable) -> "_Routes":
         """To each decode worker, the best way to have the prompt computed."""
@@ -183,7 +191,9 @@ class PrefixAware:
             return _Routes(seconds, first, handoffs, None, None)
         cost = prefill_cost(num_tokens, uncached, pool, _load(table.demand.on_decode, pool, routers, table.now))
         # Every sequence that decodes here by then stands still meanwhile.
-        seconds_here = cost.first + cost.others + self.answer_price * cost.work * pool.num_seqs
+        seconds_here = cost.first + cost.others + self._price(pool.step_s) * cost.work * pool.num_seqs
+        if table.num_waiting:
+            seconds_here = seconds_here + cost.work * delayed_by_decoding(table.num_waiting * routers, pool)
         # Else one decode worker would get all long prompts once prefill workers are full, and they would wait there.
         here: Bools = (seconds_here <= seconds) & (cost.first <= first + setup + exposed)
         if local is not None:

@@ -171,6 +171,7 @@ class WorkerTable:
         self.turn = 0
         self.now = 0.0
         self.num_own = 0  # requests of this router that its workers have
+        self.num_waiting = 0  # of this router, for a decode worker, behind the one to decide
         self.demand = Demand()
         self.dirty: set[WorkerState] = set()
         self._slots: dict[WorkerState, int] = {}

@@ -154,13 +154,13 @@ def _azure_rows(lines: Iterator[str]) -> Iterator[_Row]:
     for number, line in enumerate(csv.DictReader(lines), 2):
         try:
             seconds = datetime.fromisoformat(line["TIMESTAMP"][:26]).timestamp()
-            counts = [(field, max(1, int(line[field]))) for field in ("ContextTokens", "GeneratedTokens")]
+            counts = [(field, int(line[field])) for field in ("ContextTokens", "GeneratedTokens")]
         except (ValueError, TypeError, KeyError) as error:
             raise TraceError(f"line {number}: {type(error).__name__}: {error}") from None
         for field, count in counts:
-            if count > MAX_TOKENS:
-                raise TraceError(f"line {number}: {field}: {count} is not allowed; allowed: at most {MAX_TOKENS}")
-        yield _Row(seconds, counts[0][1], counts[1][1], ())
+            if not 0 <= count <= MAX_TOKENS:
+                raise TraceError(f"line {number}: {field}: {count} is not allowed; allowed: 0 to {MAX_TOKENS}")
+        yield _Row(seconds, max(1, counts[0][1]), max(1, counts[1][1]), ())
 
 
 def _with_answers(rows: Sequence[_Row]) -> list[TraceRequest]:

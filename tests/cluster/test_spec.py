@@ -44,6 +44,7 @@ def test_a_model_alone_is_a_whole_cluster(tmp_path: Path) -> None:
         ({"transfer": {"lease_s": 0}}, ["transfer.lease_s", "0", "above 0"]),
         ({3: 4}, ["3", "unknown field", "model"]),
         ({"decode": {"replicas": 0}}, ["decode.replicas", "0", "at least 1"]),
+        ({"router": {"policy": "least_loaded", "slo": {"tpot_s": 1}}}, ["router.slo", "least_loaded", "prefix_aware"]),
         ({"transfer": {"lease_s": 2, "silence_s": 2}}, ["transfer.lease_s", "2", "more than transfer.silence_s"]),
         ({"prefill": {"engine": "simulated"}}, ["prefill.engine", "'simulated'", "decode.engine", "'torch'"]),
         ({"prefill": {"engine": "onxx"}}, ["prefill.engine", "'onxx'", "torch, auto, tensorrt, onnx, simulated"]),

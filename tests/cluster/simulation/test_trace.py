@@ -72,7 +72,8 @@ def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("1000000000000,44", "line 2: ContextTokens: 1000000000000 is not allowed; allowed: at most 1073741824"),
+        ("1000000000000,44", "line 2: ContextTokens: 1000000000000 is not allowed; allowed: 0 to 1073741824"),
+        ("-5,44", "line 2: ContextTokens: -5 is not allowed"),
         ("100,1073741825", "line 2: GeneratedTokens: 1073741825 is not allowed"),
         ("x,44", "line 2: ValueError"),
         ("100", "line 2: TypeError"),

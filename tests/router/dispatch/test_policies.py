@@ -264,7 +264,7 @@ def test_a_short_rest_is_prefilled_locally_unless_the_decode_worker_is_busy_pref
     [(0.0, "p0"), (0.5, "p0"), (0.9, "p0"), (2.5, None), (float("inf"), "p0"), (float("nan"), "p0")],
 )
 def test_what_takes_much_longer_to_move_than_to_compute_is_prefilled_locally(part, expected):
-    decode = worker("d0", num_seqs=1, transfer_token_s=part * TOKEN_S)
+    decode = worker("d0", num_seqs=2, transfer_token_s=part * TOKEN_S)
     assert choose(PrefixAware(), facts(), {}, view(worker("p0"), decode)).prefill == expected
     assert choose(PrefixAware(local_prefill_max_tokens=999), facts(), {}, view(worker("p0"), decode)).prefill == "p0"
 
@@ -298,16 +298,31 @@ def test_one_pool_prices_the_work_of_a_prompt_as_prefill_workers_do():
     assert pick(2.0) == "d0"
 
 
-def test_a_long_prompt_does_not_wait_for_long_where_few_sequences_run():
-    """A second of prefill, which 30 or 10 sequences stand still for."""
+@pytest.mark.parametrize(("tpot_s", "wait"), [(0.05, 8.1), (0.5, 0.81)])
+def test_a_long_prompt_does_not_wait_for_long_where_few_sequences_run(tpot_s, wait):
+    """A second of prefill, which 30 sequences stand still for, a second of which costs 0.4 * 40 ms / `tpot_s`, or 10,
+    where it costs half of that: the further steps are from the limit, the less a wait is worth."""
 
     def pick(wait: float) -> str:
         table = view(worker("d0", num_seqs=30), worker("d1", num_seqs=10, queue_s=wait))
         table.demand.mean_output = 1.0
-        return choose(PrefixAware(), facts(), {}, table).decode
+        return choose(PrefixAware(tpot_s=tpot_s), facts(), {}, table).decode
 
-    assert pick(2.0) == "d1"
-    assert pick(6.0) == "d0"
+    assert pick(0.9 * wait) == "d1"
+    assert pick(1.1 * wait) == "d0"
+
+
+def test_decode_workers_prefill_less_while_requests_wait_for_them():
+    """A second of prefill, with five sequences there: what waits would wait for it, too."""
+
+    def pick(num_waiting: int) -> str | None:
+        table = view(worker("p0", queue_s=3.0), worker("d0", num_seqs=5), worker("d1", num_seqs=5))
+        table.num_own, table.num_waiting = 10, num_waiting
+        return choose(PrefixAware(), facts(), {}, table).prefill
+
+    assert pick(0) is None
+    assert pick(1) is None
+    assert pick(3) == "p0"
 
 
 def test_sequences_that_wait_for_their_prefill_stand_still_for_the_next_one_too():
