@@ -162,7 +162,7 @@ async def run_router(
             running.add_done_callback(lambda _task: stop.set())  # a router without its dispatcher is no use
             limits = ServerConfig(drain_s=DRAIN_GRACE_S, share_port=process is not None)
             _settle_memory()
-            await serve(front, spec.router.host, spec.router.port, stop=stop, config=limits)
+            await serve(front, spec.router.host, spec.router.port, stop=stop, give_up=dispatcher.close, config=limits)
     finally:
         if writing is not None:
             writing.cancel()

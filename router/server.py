@@ -6,9 +6,10 @@ stops reading as long as the client likes; `BoundedProtocol` cuts all three. Cal
 """
 
 import asyncio
+import math
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ class ServerConfig:
     idle_s: float = 75.0  # for a whole head to arrive: after connecting, and after each answer
     stall_s: float = 30.0  # for a client to make room when it does not read its answer
     drain_s: float = 30.0  # for running requests to finish after the server was told to stop
+    farewell_s: float = 1.0  # the last part of it, for those that have not finished to be told so
     backlog: int = 2048
     share_port: bool = False  # with other processes that say so too; the kernel spreads connections over them
 
@@ -162,11 +164,13 @@ async def serve(
     *,
     stop: asyncio.Event,
     started: Callable[[int], None] = lambda _port: None,
+    give_up: Callable[[], Awaitable[None]] | None = None,
     config: ServerConfig | None = None,
 ) -> None:
     """Serve until `stop` is set, then finish what runs. `started` gets the port, which matters for port 0.
 
-    Raises OSError when the address cannot be bound.
+    `give_up` is called when the time for that is nearly over: it ends the requests that still run with an answer that
+    says so. Raises OSError when the address cannot be bound.
     """
     limits = config or ServerConfig()
     listener = _bind(host, port, limits.backlog, share=limits.share_port)
@@ -181,7 +185,7 @@ async def serve(
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=int(limits.idle_s),
-            timeout_graceful_shutdown=int(limits.drain_s),
+            timeout_graceful_shutdown=math.ceil(limits.drain_s) + 1,  # by then `_drain` has cut every connection
         )
     )
     running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -190,6 +194,7 @@ async def serve(
         started(listener.getsockname()[1])
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True
+        await _drain(server, running, give_up, limits)
         await running
     finally:
         stopping.cancel()
@@ -197,6 +202,19 @@ async def serve(
         with suppress(asyncio.CancelledError):
             await running
         listener.close()
+
+
+async def _drain(
+    server: _Server, running: asyncio.Task[None], give_up: Callable[[], Awaitable[None]] | None, limits: ServerConfig
+) -> None:
+    """Returns when the server has finished, or has no connection any more. uvicorn would cancel what still runs, and
+    answer 500; to the application a connection that is cut is a client that has left."""
+    await asyncio.wait({running}, timeout=limits.drain_s - limits.farewell_s)
+    if not running.done() and give_up is not None:
+        await give_up()
+    await asyncio.wait({running}, timeout=limits.farewell_s)
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
 
 
 def check_free(host: str, port: int) -> None:

@@ -1,0 +1,77 @@
+"""What clients may do with a connection: send ahead, leave, not read, offer another protocol, outlive draining."""
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import pytest
+
+from engine.request import Request
+from router.generation import Delta, Overloaded
+from router.server import BoundedProtocol, ServerConfig
+from router.tokenizer import Tokenizer
+from tests.router.front.fakes import Step, running, saying, until
+
+LIVE = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+
+
+def completion(extra: bytes = b"", **fields: Any) -> bytes:
+    body = json.dumps({"prompt": "x", **fields}).encode()
+    return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n%b" % (extra, len(body), body)
+
+
+@pytest.fixture
+def protocols(monkeypatch: pytest.MonkeyPatch) -> list[BoundedProtocol]:
+    """The server's end of each connection. The kernel takes little of what it writes."""
+    made = BoundedProtocol.connection_made
+    seen = []
+
+    def connection_made(self: BoundedProtocol, transport: asyncio.Transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+        seen.append(self)
+
+    monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
+    return seen
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_requests_that_outlive_draining_are_told_so(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    end = asyncio.Event()
+
+    def script(_request: Request) -> list[Step]:
+        return [Delta([5], []), end, Overloaded("the router is shutting down", retry_after=1.0, unavailable=True)]
+
+    async def give_up() -> None:
+        end.set()
+
+    limits = ServerConfig(drain_s=30, farewell_s=30)
+    async with running(tokenizer, script, limits=limits, give_up=give_up) as server:
+        call = asyncio.create_task(server.post("/v1/completions", {"prompt": "x", "stream": stream}))
+        await until(lambda: server.metrics.num_running)
+    status, headers, answer = await call
+    if stream:
+        assert (status, answer[-5:]) == (200, b"<cut>")
+        assert b"the router is shutting down" in answer.split(b"\n\n")[-2]
+    else:
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert answer["error"]["message"] == "the router is shutting down"
+    assert "Exception in ASGI application" not in caplog.text
+
+
+async def test_a_connection_that_outlives_draining_is_cut_without_an_error(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, protocols: list[BoundedProtocol]
+) -> None:
+    limits = ServerConfig(drain_s=0.05, farewell_s=0.05)
+    async with running(tokenizer, saying(tokenizer, "fine"), limits=limits) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(completion()[:-1])
+        await until(lambda: protocols and protocols[0].cycle)
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
+    assert server.metrics.responses["/v1/completions", 499] == 1
+    assert not caplog.records
