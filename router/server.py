@@ -6,6 +6,7 @@ stops reading as long as the client likes; `BoundedProtocol` cuts all three. Cal
 """
 
 import asyncio
+import logging
 import math
 import re
 import socket
@@ -20,6 +21,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from router.exchange import CONNECTION
 
+log = logging.getLogger(__name__)
+
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _CHUNK_HEADS = tuple(b"%x\r\n" % size for size in range(1024))  # by size; an event of one token has some 200 bytes
 FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
@@ -33,15 +36,17 @@ class ServerConfig:
     drain_s: float = 30.0  # for running requests to finish after the server was told to stop
     farewell_s: float = 1.0  # the last part of it, for those that have not finished to be told so
     backlog: int = 2048
+    max_descriptors: float = math.inf  # that this process may have; it says so when they become few
     share_port: bool = False  # with other processes that say so too; the kernel spreads connections over them
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. At most one of the two timers runs for each of the two things waited for."""
 
-    def __init__(self, limits: ServerConfig, **kwargs: Any) -> None:
+    def __init__(self, limits: ServerConfig, descriptors: "DescriptorWatch", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._limits = limits
+        self._descriptors = descriptors
         self._head_bytes = 0  # received since the last whole head
         self._body_overhead = 0  # received since then that is no body: chunk framing and trailers
         self._in_head = True
@@ -50,6 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._descriptors.opened(transport.get_extra_info("socket").fileno())
         self._client = ClientConnection(transport)
         self._await_head()
 
@@ -119,6 +125,22 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
+class DescriptorWatch:
+    """Says once that few file descriptors are left. Without one for it the loop closes a new connection at once, and
+    neither its client nor the log is told."""
+
+    def __init__(self, max_descriptors: float) -> None:
+        self._many = 0.9 * max_descriptors
+
+    def opened(self, descriptor: int) -> None:
+        if descriptor >= self._many:  # the lowest free number is taken
+            self._many = math.inf
+            log.warning(
+                "%d file descriptors are open, nearly as many as allowed (ulimit -n); new connections will be closed",
+                descriptor,
+            )
+
+
 class ClientConnection:
     """Implements router.exchange.Connection: the answer under way is chunked."""
 
@@ -177,7 +199,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app,
-            http=partial(BoundedProtocol, limits),  # type: ignore[arg-type]
+            http=partial(BoundedProtocol, limits, DescriptorWatch(limits.max_descriptors)),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

@@ -9,7 +9,7 @@ import pytest
 
 from engine.request import Request
 from router.generation import Delta, Overloaded
-from router.server import BoundedProtocol, ServerConfig
+from router.server import BoundedProtocol, DescriptorWatch, ServerConfig
 from router.tokenizer import Tokenizer
 from tests.router.front.fakes import Step, running, saying, until
 
@@ -75,3 +75,18 @@ async def test_a_connection_that_outlives_draining_is_cut_without_an_error(
     writer.close()
     assert server.metrics.responses["/v1/completions", 499] == 1
     assert not caplog.records
+
+
+def test_few_descriptors_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = DescriptorWatch(1000)
+    for descriptor in (899, 900, 20, 950):
+        watch.opened(descriptor)
+    assert [record.args for record in caplog.records] == [(900,)]
+
+
+async def test_connections_are_watched_for_their_descriptors(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tokenizer, saying(tokenizer, "x"), limits=ServerConfig(drain_s=1, max_descriptors=1)) as server:
+        assert [(await server.get("/live"))[0] for _ in range(2)] == [200, 200]
+    assert caplog.text.count("file descriptors are open") == 1
