@@ -31,7 +31,7 @@ FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     max_head_bytes: int = 64 * 1024  # of a head that is not whole; the application refuses large whole ones politely
-    idle_s: float = 75.0  # for a whole head to arrive: after connecting, and after each answer
+    idle_s: float = 75.0  # for a whole head to come: after connecting, and after each answer (to be read by then)
     stall_s: float = 30.0  # for a client to make room when it does not read its answer
     drain_s: float = 30.0  # for running requests to finish after the server was told to stop
     farewell_s: float = 1.0  # the last part of it, for those that have not finished to be told so
@@ -45,6 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, limits: ServerConfig, descriptors: "DescriptorWatch", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.app = partial(self._answer, self.app)
         self._limits = limits
         self._descriptors = descriptors
         self._head_bytes = 0  # received since the last whole head
@@ -65,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._client.leave()
         super().connection_lost(exc)
+        self.app = None  # it refers to this connection
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -99,10 +101,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self.scope["extensions"] = {CONNECTION: self._client}  # type: ignore[dict-item]
         super().on_headers_complete()
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._await_head()
-
     def pause_writing(self) -> None:
         super().pause_writing()
         self._client.paused = True
@@ -114,15 +112,25 @@ class BoundedProtocol(HttpToolsProtocol):
         self._client.paused = False
         super().resume_writing()
 
+    async def _answer(self, app: Any, *request: Any) -> None:
+        try:
+            await app(*request)
+        finally:
+            self.loop.call_soon(self._await_head)  # once uvicorn knows whether this was the last answer
+
     def _await_head(self) -> None:
+        if self._client.lost:
+            return
         if self._head_timer is not None:
             self._head_timer.cancel()
-        self._head_timer = self.loop.call_later(self._limits.idle_s, self._head_is_late)
+        # After the last answer there is only what is left of it to wait for.
+        late_s = self._limits.stall_s if self.transport.is_closing() else self._limits.idle_s
+        self._head_timer = self.loop.call_later(late_s, self._head_is_late)
 
     def _head_is_late(self) -> None:
         # A pipelined request may have taken over meanwhile; its own answer starts the timer anew.
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+        if self.transport.is_closing() or self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()  # closing would wait until the client has read the last answer
 
 
 class DescriptorWatch:

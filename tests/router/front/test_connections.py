@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.request import Request
-from router.generation import Delta, Overloaded
+from engine.request import FinishReason, Request
+from router.generation import Delta, GenerationFailed, Overloaded
 from router.server import BoundedProtocol, DescriptorWatch, ServerConfig
 from router.tokenizer import Tokenizer
 from tests.router.front.fakes import Step, running, saying, until
@@ -35,6 +35,27 @@ def protocols(monkeypatch: pytest.MonkeyPatch) -> list[BoundedProtocol]:
 
     monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
     return seen
+
+
+@pytest.mark.parametrize("kind", ["kept", "closing", "failing"])
+async def test_a_client_that_does_not_read_the_end_of_its_answer_is_cut_off(
+    tokenizer: Tokenizer, protocols: list[BoundedProtocol], kind: str
+) -> None:
+    def script(_request: Request) -> list[Step]:
+        end = GenerationFailed("x") if kind == "failing" else Delta([5], [], FinishReason.STOP)
+        return [Delta([5], []), Delta(long, []), end]
+
+    long = tokenizer.encode("sea " * 10_000)  # less than what makes writing pause
+    limits = ServerConfig(stall_s=0.05, idle_s=0.05, drain_s=20)
+    async with running(tokenizer, script, limits=limits) as server:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            extra = b"connection: close\r\n" if kind == "closing" else b""
+            client.sendall(completion(extra, stream=kind == "failing"))
+            await until(lambda: server.metrics.responses)
+            assert protocols[0].transport.get_write_buffer_size()
+            await until(lambda: not protocols[0].connections)
 
 
 @pytest.mark.parametrize("stream", [False, True])
