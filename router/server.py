@@ -8,7 +8,6 @@ stops reading as long as the client likes; `BoundedProtocol` cuts all three. Cal
 import asyncio
 import logging
 import math
-import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -23,7 +23,6 @@ from router.exchange import CONNECTION
 
 log = logging.getLogger(__name__)
 
-UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _CHUNK_HEADS = tuple(b"%x\r\n" % size for size in range(1024))  # by size; an event of one token has some 200 bytes
 FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
 
@@ -48,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.app = partial(self._answer, self.app)
         self._limits = limits
         self._descriptors = descriptors
+        self._without_offer = b""  # the head of a request that offers another protocol, without the offer
         self._head_bytes = 0  # received since the last whole head
         self._body_overhead = 0  # received since then that is no body: chunk framing and trailers
         self._in_head = True
@@ -71,10 +71,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-            data = _without_upgrade(data)
         else:
             self._body_overhead += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._body_overhead > self._limits.max_head_bytes and not self.transport.is_closing():
             self.transport.abort()
         if self._in_head and self._head_bytes > self._limits.max_head_bytes and not self.transport.is_closing():
@@ -95,11 +94,21 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and (method := self.parser.get_method()) != b"CONNECT":
+            # Goes on in `_parse`: after an offer the parser stops, and takes the body for the other protocol.
+            version = self.parser.get_http_version().encode()
+            lines = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self._without_offer = b"\r\n".join((b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"", b""))
+            return
         self._in_head, self._head_bytes = False, 0
         if self._head_timer is not None:
             self._head_timer.cancel()
         self.scope["extensions"] = {CONNECTION: self._client}  # type: ignore[dict-item]
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self._without_offer:
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -117,6 +126,27 @@ class BoundedProtocol(HttpToolsProtocol):
             await app(*request)
         finally:
             self.loop.call_soon(self._await_head)  # once uvicorn knows whether this was the last answer
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as stopped:
+                    data = memoryview(data)[stopped.args[0] :]
+                    self._parse_without_offer()
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _parse_without_offer(self) -> None:
+        """A server may ignore an offer of another protocol (h2c, by some clients' default)."""
+        head, self._without_offer = self._without_offer, b""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.feed_data(head)
 
     def _await_head(self) -> None:
         if self._client.lost:
@@ -171,12 +201,6 @@ class ClientConnection:
             head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
             transport.write(b"".join((head, part, b"\r\n")))
         return not self.paused
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """An offer of another protocol (h2c, by some clients' default) may be ignored, but the parser would stop at it."""
-    end = data.find(b"\r\n\r\n")
-    return UPGRADE.sub(b"\r\nx-ignored-upgrade:", data[:end]) + data[end:] if end >= 0 else data
 
 
 class _Server(uvicorn.Server):

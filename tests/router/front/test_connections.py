@@ -11,7 +11,7 @@ from engine.request import FinishReason, Request
 from router.generation import Delta, GenerationFailed, Overloaded
 from router.server import BoundedProtocol, DescriptorWatch, ServerConfig
 from router.tokenizer import Tokenizer
-from tests.router.front.fakes import Step, running, saying, until
+from tests.router.front.fakes import Step, read_answer, running, saying, until
 
 LIVE = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
@@ -56,6 +56,38 @@ async def test_a_client_that_does_not_read_the_end_of_its_answer_is_cut_off(
             await until(lambda: server.metrics.responses)
             assert protocols[0].transport.get_write_buffer_size()
             await until(lambda: not protocols[0].connections)
+
+
+@pytest.mark.parametrize("cut", ["nowhere", "before the body", "behind the offer", "everywhere", "behind another"])
+async def test_an_offer_of_another_protocol_is_ignored(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, cut: str
+) -> None:
+    whole = completion(OFFER, max_tokens=2)
+    middle = whole.index(b"\r\n\r\n") + 4 if cut == "before the body" else whole.index(OFFER) + len(OFFER)
+    parts = [whole[:middle], whole[middle:]]
+    if cut == "nowhere":
+        parts = [whole]
+    elif cut == "everywhere":
+        parts = [whole[i : i + 1] for i in range(len(whole))]
+    elif cut == "behind another":
+        parts = [LIVE + whole + LIVE.replace(b"\r\n\r\n", b"\r\n" + OFFER + b"\r\n") + LIVE]
+    async with running(tokenizer, saying(tokenizer, "fine")) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        for part in parts:
+            writer.write(part)
+            await until(lambda: not writer.transport.get_write_buffer_size())
+            await asyncio.sleep(0)
+        answers = [await read_answer(reader) for _ in range(4 if cut == "behind another" else 1)]
+        writer.close()
+    assert [status for status, _, _ in answers] == [200] * len(answers)
+    assert any(b"fine" in body for _, _, body in answers)
+    assert not caplog.records
+
+
+async def test_a_tunnel_is_refused(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, saying(tokenizer, "fine")) as server:
+        answer = await server.raw(b"CONNECT a:1 HTTP/1.1\r\nhost: x\r\n\r\n" + LIVE)
+    assert answer[0] == 400
 
 
 @pytest.mark.parametrize("stream", [False, True])
