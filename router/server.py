@@ -1,8 +1,9 @@
 """Runs an ASGI application on uvicorn, with the limits on connections that uvicorn and httptools do not have.
 
 httptools bounds neither the size of a request's head nor the time it may take, and uvicorn waits for a client that
-stops reading as long as the client likes; `BoundedProtocol` cuts all three. Called by `baton/` inside its event loop
-(uvloop), which also owns signals.
+stops reading as long as the client likes; `BoundedProtocol` cuts all three. It also reads on while requests that were
+sent ahead wait for their turn: only so is a client's leaving seen. Called by `baton/` inside its event loop (uvloop),
+which also owns signals.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from router.exchange import CONNECTION
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK_HEADS = tuple(b"%x\r\n" % size for size in range(1024))  # by size; an event of one token has some 200 bytes
 FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
+MAX_AHEAD_BYTES = 64 * 1024  # of requests that a client sends before it has the answer to the last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,19 @@ class ServerConfig:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. At most one of the two timers runs for each of the two things waited for."""
+    """One connection. At most one of the two timers runs for each of the two things waited for.
+
+    `_running` is the request that is being answered. `cycle` is the last one whose head has come: later than that where
+    one packet brought several. What comes while a whole request is running is not parsed before its answer is complete.
+    """
 
     def __init__(self, limits: ServerConfig, descriptors: "DescriptorWatch", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.app = partial(self._answer, self.app)
         self._limits = limits
         self._descriptors = descriptors
+        self._running: RequestResponseCycle | None = None  # the latest that was
+        self._ahead = bytearray()  # received, to be parsed when that has its answer
         self._without_offer = b""  # the head of a request that offers another protocol, without the offer
         self._head_bytes = 0  # received since the last whole head
         self._body_overhead = 0  # received since then that is no body: chunk framing and trailers
@@ -65,15 +73,24 @@ class BoundedProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._client.leave()
+        running = self._running
+        if running is not None and not running.response_complete:  # uvicorn sees to the last one only
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
         self.app = None  # it refers to this connection
 
     def data_received(self, data: bytes) -> None:
+        if self._is_answering():
+            self._keep_ahead(data)
+            return
         if self._in_head:
             self._head_bytes += len(data)
         else:
             self._body_overhead += len(data)
         self._parse(data)
+        if self._is_answering():
+            self.flow.resume_reading()  # which waiting requests and the end of a large body have paused
         if self._body_overhead > self._limits.max_head_bytes and not self.transport.is_closing():
             self.transport.abort()
         if self._in_head and self._head_bytes > self._limits.max_head_bytes and not self.transport.is_closing():
@@ -104,11 +121,22 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
         self.scope["extensions"] = {CONNECTION: self._client}  # type: ignore[dict-item]
+        is_next = self._running is None or self._running.response_complete
         super().on_headers_complete()
+        if is_next:
+            self._running = self.cycle
 
     def on_message_complete(self) -> None:
         if not self._without_offer:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
+        super().on_response_complete()
+        ahead, self._ahead = bytes(self._ahead), bytearray()
+        if ahead and not self.transport.is_closing():
+            self.data_received(ahead)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -126,6 +154,21 @@ class BoundedProtocol(HttpToolsProtocol):
             await app(*request)
         finally:
             self.loop.call_soon(self._await_head)  # once uvicorn knows whether this was the last answer
+
+    def _is_answering(self) -> bool:
+        """Whether a request has come whole and its answer is not complete."""
+        running = self._running
+        return running is not None and not running.more_body and not running.response_complete
+
+    def _keep_ahead(self, data: bytes) -> None:
+        """For when the running request has its answer. Where it is too much, the connection ends with that answer:
+        not reading on is no choice, for then the client's leaving would not be seen."""
+        assert self._running is not None
+        if self._running.keep_alive and len(self._ahead) + len(data) <= MAX_AHEAD_BYTES:
+            self._ahead += data
+        else:
+            self._running.keep_alive = False
+            self._ahead.clear()
 
     def _parse(self, data: bytes | memoryview) -> None:
         self._unset_keepalive_if_required()

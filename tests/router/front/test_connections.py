@@ -9,7 +9,7 @@ import pytest
 
 from engine.request import FinishReason, Request
 from router.generation import Delta, GenerationFailed, Overloaded
-from router.server import BoundedProtocol, DescriptorWatch, ServerConfig
+from router.server import MAX_AHEAD_BYTES, BoundedProtocol, DescriptorWatch, ServerConfig
 from router.tokenizer import Tokenizer
 from tests.router.front.fakes import Step, read_answer, running, saying, until
 
@@ -35,6 +35,91 @@ def protocols(monkeypatch: pytest.MonkeyPatch) -> list[BoundedProtocol]:
 
     monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
     return seen
+
+
+@pytest.mark.parametrize("ahead", [LIVE, LIVE[:9], completion(prompt="x" * 70_000), LIVE * 9000])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_sends_ahead_and_leaves_cancels_its_generation(
+    tokenizer: Tokenizer, stream: bool, ahead: bytes
+) -> None:
+    async with running(tokenizer, lambda _request: [Delta([5], []), asyncio.Event()]) as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(completion(stream=stream))
+        await until(lambda: server.metrics.num_running)
+        writer.write(ahead)
+        await writer.drain()
+        writer.close()
+        await until(lambda: server.metrics.responses)
+        assert server.generator.streams[0].closed.is_set()
+    assert +server.metrics.finished == {"abort": 1}
+
+
+async def test_a_client_that_leaves_after_a_large_body_cancels_its_generation(
+    tokenizer: Tokenizer, protocols: list[BoundedProtocol]
+) -> None:
+    head, _, body = completion(user="u" * 200_000).partition(b"\r\n\r\n")
+    async with running(tokenizer, lambda _request: [asyncio.Event()]) as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head + b"\r\n\r\n" + body[:100])
+        await until(lambda: protocols and protocols[0].cycle and not protocols[0].cycle.body)  # it waits for more
+        protocols[0].data_received(body[100:])  # as one packet
+        await until(lambda: server.generator.streams)
+        writer.close()
+        async with asyncio.timeout(20):
+            await server.generator.streams[0].closed.wait()
+
+
+async def test_requests_of_a_client_that_has_left_end_in_silence(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tokenizer, lambda _request: [asyncio.Event()]) as server:
+        for _ in range(2):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(completion() * 2)
+            await until(lambda: server.metrics.num_waiting)
+            writer.transport.abort()
+            await until(lambda: not server.metrics.num_waiting)
+        await until(lambda: server.metrics.responses["/v1/completions", 499] == 2)
+    assert not caplog.records
+
+
+async def test_what_was_sent_ahead_is_answered_in_its_turn(tokenizer: Tokenizer) -> None:
+    gate = asyncio.Event()
+    async with running(tokenizer, lambda _request: [gate, Delta([5], [], FinishReason.STOP)]) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(completion() + LIVE)  # one packet
+        await until(lambda: server.metrics.num_waiting)
+        for part in (completion(echo=True)[:9], completion(echo=True)[9:] + LIVE, LIVE[:9], LIVE[9:]):
+            writer.write(part)
+            await asyncio.sleep(0)
+        gate.set()
+        answers = [json.loads((await read_answer(reader))[2]) for _ in range(5)]
+        writer.close()
+    assert ["status" if "status" in answer else "choices" for answer in answers] == [
+        "choices",
+        "status",
+        "choices",
+        "status",
+        "status",
+    ]
+
+
+async def test_a_connection_on_which_too_much_is_sent_ahead_ends_with_the_answer_under_way(
+    tokenizer: Tokenizer, protocols: list[BoundedProtocol]
+) -> None:
+    gate = asyncio.Event()
+    async with running(tokenizer, lambda _request: [gate, Delta([5], [], FinishReason.STOP)]) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(completion())
+        await until(lambda: server.metrics.num_waiting)
+        protocols[0].data_received(b" " * MAX_AHEAD_BYTES)
+        assert protocols[0].cycle.keep_alive
+        protocols[0].data_received(LIVE)
+        gate.set()
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == (200, "close")
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
 
 
 @pytest.mark.parametrize("kind", ["kept", "closing", "failing"])
