@@ -13,6 +13,7 @@ from pathlib import Path
 import uvloop
 from prometheus_client import CollectorRegistry
 
+from baton.descriptors import allow_descriptors
 from baton.device import find_device
 from baton.signals import DRAIN_GRACE_S, stop_signals
 from baton.step_profiles import load_profile
@@ -160,9 +161,11 @@ async def run_router(
     try:
         with stop_signals() as stop:
             running.add_done_callback(lambda _task: stop.set())  # a router without its dispatcher is no use
-            limits = ServerConfig(drain_s=DRAIN_GRACE_S, share_port=process is not None)
+            limits = ServerConfig(
+                drain_s=DRAIN_GRACE_S, max_descriptors=allow_descriptors(), share_port=process is not None
+            )
             _settle_memory()
-            await serve(front, spec.router.host, spec.router.port, stop=stop, config=limits)
+            await serve(front, spec.router.host, spec.router.port, stop=stop, give_up=dispatcher.close, config=limits)
     finally:
         if writing is not None:
             writing.cancel()
@@ -193,6 +196,7 @@ def model_card(spec: ClusterSpec) -> ModelCard:
 
 def run_worker(spec: ClusterSpec, role: Role, *, index: int) -> None:
     """Serve one worker until SIGTERM or SIGINT, then drain. Raises RuntimeError when its engine ends by itself."""
+    allow_descriptors()
     pool = found_pool(spec, role)
     executor = make_executor(spec, pool)  # before the loop, for it blocks for as long as loading takes
     uvloop.run(_serve_worker(spec, pool, executor, index))

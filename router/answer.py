@@ -12,9 +12,10 @@ import msgspec
 
 from router.choices import Choice, Pace, Piece, run_choices
 from router.detokenizer import Decoder
+from router.errors import ClientGone
 from router.exchange import Exchange
 from router.generation import DeadlineExceeded, Generator, LoneTokens
-from router.metrics import Histogram, Metrics
+from router.metrics import ABORTED, FAILED, Histogram, Metrics
 from router.responses import DONE, Envelope, Format, timeline_body, usage
 
 _encode = msgspec.json.Encoder().encode
@@ -47,12 +48,20 @@ class Answerer:
 
     async def answer(self, exchange: Exchange, job: Job) -> None:
         """Raises what the generator raises, and ClientGone. Every generation is closed on return."""
-        with exchange.cancel_on_disconnect():
-            try:
-                async with asyncio.timeout(max(0.0, job.deadline - self._clock()) + GRACE_S):
-                    await (self._events(exchange, job) if job.stream else self._body(exchange, job))
-            except TimeoutError:
-                raise DeadlineExceeded from None
+        end = FAILED  # of the choices that do not run to theirs
+        try:
+            with exchange.cancel_on_disconnect():
+                try:
+                    async with asyncio.timeout(max(0.0, job.deadline - self._clock()) + GRACE_S):
+                        await (self._events(exchange, job) if job.stream else self._body(exchange, job))
+                except TimeoutError:
+                    raise DeadlineExceeded from None
+        except ClientGone:
+            end = ABORTED
+            raise
+        finally:
+            unfinished = [choice for choice in job.choices if choice.stream is not None and not choice.finish_reason]
+            self._metrics.finished[end] += len(unfinished)
 
     async def _events(self, exchange: Exchange, job: Job) -> None:
         with _Events(self._metrics, self._clock, job, exchange, self._stream_interval) as reader:

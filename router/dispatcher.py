@@ -102,13 +102,12 @@ class Dispatcher:
                 raise
         finally:
             self._closed = True
-            self._cancel_absence_timer()
-            for flight in list(self._flights):
-                flight.give_up(GenerationFailed("the router is shutting down"))
+            self._end_flights()
 
     async def close(self) -> None:
         """End every request and session, and `run`. Idempotent."""
         self._closed = True
+        self._end_flights()  # before the sessions that they run on: nothing has failed
         if self._runner is not None and not self._runner.done():
             self._runner.cancel()
             await asyncio.wait({self._runner})
@@ -121,7 +120,7 @@ class Dispatcher:
     def start(self, request: Request, deadline: float, hints: RouteHints = NO_HINTS) -> TokenStream:
         """See Generator.start. The stream must be iterated to its end or closed."""
         if self._closed:
-            raise Overloaded("the router is shutting down", retry_after=1.0, unavailable=True)
+            raise _shutting_down()
         self.counters.requests += 1
         seed = chain_seed(self._secret, self._model, request.adapter, request.cache_salt)
         flight = Flight(
@@ -222,6 +221,11 @@ class Dispatcher:
             self.counters.actual_hit_tokens += timeline.cached_tokens
         if self._placement.num_waiting:
             self._pump()
+
+    def _end_flights(self) -> None:
+        self._cancel_absence_timer()
+        for flight in list(self._flights):
+            flight.give_up(_shutting_down())
 
     def _join(self, member: Joined, sessions: asyncio.TaskGroup) -> None:
         known = self._sessions.get(member.worker_id)
@@ -356,6 +360,10 @@ class Dispatcher:
                 "index_lag_s": round(session.index_lag.last_s, 6),
             }
         return known
+
+
+def _shutting_down() -> Exception:
+    return Overloaded("the router is shutting down", retry_after=1.0, unavailable=True)
 
 
 def _unavailable(flight: Flight) -> Exception:

@@ -19,6 +19,8 @@ from engine.request import FinishReason
 from router.generation import Timeline
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
+ABORTED, FAILED = "abort", "error"  # vLLM's names: the client left, or got an error
+ENDS = (*(reason.value for reason in FinishReason), ABORTED, FAILED)
 _LONG_SECONDS = (*SECONDS, 40.0, 80.0, 160.0, 640.0, 2560.0)
 _TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
 _BYTES = tuple(float(4**power) for power in range(5, 18))
@@ -87,8 +89,8 @@ class Metrics:
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
         self.generation_tokens = 0
-        self.finished: Counter[str] = Counter()  # finish reason -> choices
-        self.responses: Counter[tuple[str, int]] = Counter()  # route, status -> HTTP responses; 499: client left
+        self.finished: Counter[str] = Counter()  # one of ENDS -> choices that had been started
+        self.responses: Counter[tuple[str, int]] = Counter()  # route, status -> HTTP responses; 499: client left before
         self.first_token = Histogram("time_to_first_token_seconds", "Time to first token.", _LONG_SECONDS, vllm=True)
         self.inter_token = Histogram(
             "inter_token_latency_seconds", "Time between a choice's deltas.", SECONDS, vllm=True
@@ -187,8 +189,8 @@ class Metrics:
         success = CounterMetricFamily(
             prefix + "request_success", "Choices that ended.", labels=["model_name", "finished_reason"]
         )
-        for reason in FinishReason:
-            success.add_metric([self._model, reason.value], self.finished[reason.value])
+        for end in ENDS:
+            success.add_metric([self._model, end], self.finished[end])
         yield success
         for name, text, value in (
             ("num_requests_waiting", "Requests without a first token.", self.num_waiting),

@@ -6,7 +6,7 @@ from engine.errors import InvalidRequest
 from engine.kv.block_hash import block_hashes, chain_seed
 from engine.request import FinishReason
 from router.admission import AdmissionConfig
-from router.generation import DeadlineExceeded, GenerationFailed, Overloaded
+from router.generation import DeadlineExceeded, Overloaded
 from router.policies import LeastLoaded, RoundRobin
 from tests.router.dispatch.cluster import EXPECTED, PROMPT, Gate, cluster, collect, fail_once
 from tests.router.dispatch.fake_worker import FakeError, expected_tokens
@@ -229,8 +229,9 @@ async def test_closing_the_dispatcher_fails_what_runs_and_leaves_nothing_on_work
         stream = it.start()
         await gate.reached.wait()
         await it.dispatcher.close()
-        with pytest.raises(GenerationFailed):
+        with pytest.raises(Overloaded, match="shutting down") as error:
             await collect(stream)
+        assert error.value.unavailable
         await it.signal.until(lambda: not it["d0"].jobs and not it["p0"].jobs)
-        with pytest.raises(Overloaded):
+        with pytest.raises(Overloaded, match="shutting down"):
             it.start()

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,6 +194,7 @@ async def running(
     limits: ServerConfig | None = None,
     max_model_len: int = 256,
     draw_bits: Callable[[int], int] = lambda bits: 7 if bits == 64 else 11,
+    give_up: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Running]:
     generator = FakeGenerator(script)
     card = ModelCard(MODEL, 512, max_model_len, (0, 1), aliases=("tiny",))
@@ -201,7 +202,9 @@ async def running(
     front = Front(generator, card, tokenizer, metrics, config or FrontConfig(), draw_bits=draw_bits)
     stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
     limits = limits or ServerConfig(drain_s=1)
-    task = asyncio.create_task(serve(front, "127.0.0.1", 0, stop=stop, started=port.set_result, config=limits))
+    task = asyncio.create_task(
+        serve(front, "127.0.0.1", 0, stop=stop, started=port.set_result, give_up=give_up, config=limits)
+    )
     try:
         yield Running(await port, generator, tokenizer, front, metrics)
     finally:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.request import FinishReason, Request
-from router.generation import Delta
+from router.generation import Delta, GenerationFailed, Overloaded
 from router.http import FrontConfig
 from router.server import BoundedProtocol, ServerConfig
 from router.tokenizer import Tokenizer, load_tokenizer
@@ -119,6 +120,7 @@ async def test_a_client_that_leaves_cancels_its_generations(
         await until(lambda: server.metrics.responses)
         assert all(s.closed.is_set() for s in server.generator.streams)
         assert (server.metrics.num_running, server.metrics.num_waiting) == (0, 0)
+        assert +server.metrics.finished == {"abort": expected}
     status = 200 if stream and num_before else 499
     assert server.metrics.responses["/v1/completions", status] == 1
 
@@ -132,6 +134,21 @@ async def test_a_request_that_outlives_its_deadline_is_ended_even_when_the_gener
         status, _, answer = await server.post("/v1/completions", {"prompt": "x"})
     assert (status, answer["error"]["code"]) == (504, "timeout")
     assert server.generator.streams[0].closed.is_set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_is_counted_as_the_end_of_the_choices_that_it_ends(tokenizer: Tokenizer, stream: bool) -> None:
+    ends: Iterator[Step] = iter([Delta([6], [], FinishReason.STOP), GenerationFailed("x")])
+
+    async with running(tokenizer, lambda _request: [Delta([5], []), next(ends)]) as server:
+        await server.post("/v1/completions", {"prompt": "x"})
+        await server.post("/v1/completions", {"prompt": "x", "stream": stream})
+        server.generator.refuse = Overloaded("full", retry_after=1.0)
+        await server.post("/v1/completions", {"prompt": "x", "stream": stream})
+        shown = await scrape(server)
+    for prefix in ("baton_", "vllm:"):
+        counts = {end: shown[f"{prefix}request_success_total|{end}"] for end in ("stop", "length", "abort", "error")}
+        assert counts == {"stop": 1, "length": 0, "abort": 0, "error": 1}
 
 
 async def test_a_reader_that_stalls_is_cut_off(tokenizer: Tokenizer) -> None:

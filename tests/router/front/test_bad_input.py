@@ -306,24 +306,6 @@ async def test_trailers_are_bounded_and_are_no_headers(tokenizer: Tokenizer) -> 
         await still_serves(server)
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["one packet", "body later"])
-async def test_an_offer_to_upgrade_is_ignored(tokenizer: Tokenizer, split: bool) -> None:
-    body = b'{"prompt":"x","max_tokens":2}'
-    head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
-        b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body)
-    )
-    async with running(tokenizer, saying(tokenizer, "fine")) as server:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        for part in (head, body) if split else (head + body,):
-            writer.write(part)
-            await writer.drain()
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 20)
-        writer.close()
-    assert answer == b"HTTP/1.1 200 OK\r\n"
-
-
 async def test_a_compressed_body_is_refused_by_name(tokenizer: Tokenizer) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n{}"
     async with running(tokenizer, saying(tokenizer, "fine")) as server:
