@@ -181,8 +181,8 @@ def check_nesting(text: bytes, what: str = "the body", param: str | None = None)
     Strings are cut out, then innermost pairs of brackets removed again and again, all in time linear in the text, and
     in short steps: between them other threads have their turn.
     """
-    few_brackets = text.count(b"[") + text.count(b"{") <= MAX_DEPTH
-    if few_brackets and text.count(b'"') <= 2 * MAX_STRINGS:
+    few_strings = len(text) <= 2 * MAX_STRINGS or text.count(b'"') <= 2 * MAX_STRINGS
+    if few_strings and text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
         return
     found, num_brackets, num_quotes = [], 0, 0
     for brackets, quotes in _outside_strings(text):
