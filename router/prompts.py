@@ -49,7 +49,7 @@ _Called = tuple[dict[str, Any], str]  # a function that a message called, and wh
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]
-    text: str | None  # as the client wrote it; None for token ids
+    text: str | None  # as the client wrote it; None where it wrote ids, or not all of it is left
 
 
 class PromptEncoder:
@@ -196,7 +196,8 @@ def truncated(prompt: Prompt, keep: int, room: int) -> Prompt:
     keep = room if keep == -1 else keep
     if keep < 1:
         raise InvalidRequest("truncate_prompt_tokens must be -1 or at least 1", param="truncate_prompt_tokens")
-    return Prompt(prompt.token_ids[-keep:], prompt.text)
+    ids = prompt.token_ids[-keep:]
+    return prompt if len(ids) == len(prompt.token_ids) else Prompt(ids, None)
 
 
 def _only_ids(entries: Sequence[str | int | list[int]]) -> list[int]:
