@@ -21,6 +21,7 @@ from prometheus_client import exposition
 
 from engine.errors import InvalidRequest
 from router.answer import Answerer, Job
+from router.bodies import BodyBudget, Share
 from router.completions import Arrival, Planner
 from router.errors import ApiError, ClientGone, as_api_error
 from router.exchange import Exchange, Receive, Scope, Send, WriteBatch
@@ -56,6 +57,7 @@ class FrontConfig:
     """`request_timeout_s` runs from a request's arrival to its last token."""
 
     max_body_bytes: int = 32 * 1024 * 1024
+    max_bodies_bytes: int = 512 * 1024 * 1024  # of all long bodies at once, until they are prompts
     body_timeout_s: float = 60.0
     request_timeout_s: float = 600.0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -91,6 +93,7 @@ class Front:
         self._started = int(wall_clock())
         self._batch = WriteBatch()
         self._threads = Threads(config.tokenizer_threads)
+        self._bodies = BodyBudget(max(config.max_bodies_bytes, config.max_body_bytes), MAX_INLINE_BYTES)
         self._encoder = PromptEncoder(tokenizer, card, self._threads)
         self._planner = Planner(card, tokenizer, self._encoder, draw_bits)
         self._answerer = Answerer(generator, metrics, clock, stream_interval=config.stream_interval)
@@ -190,17 +193,18 @@ class Front:
             hints=RouteHints(_name(exchange, b"x-session-id"), tenant + _name(exchange, b"x-tenant-id")),
         )
 
-    async def _decoded(self, exchange: Exchange, kind: type[Body]) -> tuple[Body, bool]:
+    async def _decoded(self, exchange: Exchange, kind: type[Body], share: Share) -> tuple[Body, bool]:
         """The request's body, and whether it is long."""
-        body = await exchange.read_json(self._config.max_body_bytes, self._config.body_timeout_s)
+        body = await exchange.read_json(self._config.max_body_bytes, self._config.body_timeout_s, share)
         if len(body) <= MAX_INLINE_BYTES:
             return decode_body(body, kind), False
         return await self._threads.run(partial(decode_body, body, kind)), True
 
     async def _job(self, exchange: Exchange, kind: type[Body], plan: Callable[[Body, Arrival], Awaitable[Job]]) -> Job:
         """What the body asks for; nothing keeps the body itself for as long as that runs."""
-        body, long = await self._decoded(exchange, kind)
-        return await plan(body, self._arrival(exchange, long))
+        with self._bodies.share() as share:
+            body, long = await self._decoded(exchange, kind, share)
+            return await plan(body, self._arrival(exchange, long))
 
     async def _completions(self, exchange: Exchange) -> None:
         await self._answerer.answer(exchange, await self._job(exchange, CompletionBody, self._planner.completion))
@@ -209,7 +213,12 @@ class Front:
         await self._answerer.answer(exchange, await self._job(exchange, ChatBody, self._planner.chat))
 
     async def _tokenize(self, exchange: Exchange) -> None:
-        body, long = await self._decoded(exchange, TokenizeBody)
+        with self._bodies.share() as share:
+            answer = await self._token_ids(exchange, share)
+        await exchange.respond(200, answer)
+
+    async def _token_ids(self, exchange: Exchange, share: Share) -> bytes:
+        body, long = await self._decoded(exchange, TokenizeBody, share)
         self._planner.check_model(body.model)
         refuse_unsupported(body)
         if (body.prompt is None) == (body.messages is None):
@@ -226,16 +235,20 @@ class Front:
             fields = {"count": len(ids), "max_model_len": self._card.max_model_len, "tokens": ids}
             return msgspec.json.encode({**fields, "token_strs": strings})
 
-        await exchange.respond(200, answer() if len(ids) <= MAX_INLINE_IDS else await self._threads.run(answer))
+        return answer() if len(ids) <= MAX_INLINE_IDS else await self._threads.run(answer)
 
     async def _detokenize(self, exchange: Exchange) -> None:
-        body, long = await self._decoded(exchange, DetokenizeBody)
+        with self._bodies.share() as share:
+            text = await self._text(exchange, share)
+        await exchange.respond(200, msgspec.json.encode({"prompt": text}))
+
+    async def _text(self, exchange: Exchange, share: Share) -> str:
+        body, long = await self._decoded(exchange, DetokenizeBody, share)
         self._planner.check_model(body.model)
         if len(body.tokens) > self._card.max_model_len:
             raise InvalidRequest(f"tokens may hold at most {self._card.max_model_len} ids", param="tokens")
         check_ids(body.tokens, self._card.vocab_size, "tokens")
-        text = await self._encoder.decode(body.tokens, skip_special_tokens=False, long=long)
-        await exchange.respond(200, msgspec.json.encode({"prompt": text}))
+        return await self._encoder.decode(body.tokens, skip_special_tokens=False, long=long)
 
     async def _models(self, exchange: Exchange) -> None:
         names = (self._card.name, *self._card.aliases)
