@@ -30,6 +30,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     deadline: float
     tenant: str  # separates prefix caches; empty without API keys
     timeline: bool
+    long: bool  # its body: what is done for it is done in threads
     hints: RouteHints
 
 
@@ -51,10 +52,11 @@ class Planner:
         explicit = 1 if only_prompt else body.max_tokens
         room = self._card.max_model_len - (DEFAULT_MAX_TOKENS if explicit is None else explicit)
         special = body.add_special_tokens is not False
-        prompts = [
-            Prompt(truncated(prompt.token_ids, body.truncate_prompt_tokens, room), prompt.text)
-            for prompt in await self._encoder.prompts(body.prompt, add_special_tokens=special)
-        ]
+        prompts = await self._encoder.prompts(body.prompt, add_special_tokens=special, long=arrival.long)
+        if body.truncate_prompt_tokens is not None:
+            prompts = [truncated(prompt, body.truncate_prompt_tokens, room) for prompt in prompts]
+        if body.echo:
+            prompts = [await self._with_text(prompt, arrival) for prompt in prompts]
         scored = body.prompt_logprobs
         if body.echo and body.logprobs is not None:
             scored = max(scored or 0, body.logprobs)
@@ -86,9 +88,10 @@ class Planner:
         _check_chat(body)
         explicit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         special, salt = body.add_special_tokens is True, _salt(body, arrival)
-        prompt = await self._encoder.chat(body, add_special_tokens=special, owner=salt)
+        prompt = await self._encoder.chat(body, add_special_tokens=special, owner=salt, long=arrival.long)
         room = self._card.max_model_len - (1 if explicit is None else explicit)
-        prompt = Prompt(truncated(prompt.token_ids, body.truncate_prompt_tokens, room), prompt.text)
+        if body.truncate_prompt_tokens is not None:
+            prompt = truncated(prompt, body.truncate_prompt_tokens, room)
         left = max(1, self._card.max_model_len - len(prompt.token_ids))
         params = sampling_params(
             body,
@@ -113,6 +116,12 @@ class Planner:
             return name or self._card.name
         message = f"the model {name[:200]!r} does not exist"
         raise ApiError(404, message, "not_found_error", param="model", code="model_not_found")
+
+    async def _with_text(self, prompt: Prompt, arrival: Arrival) -> Prompt:
+        if prompt.text is not None:
+            return prompt
+        text = await self._encoder.decode(prompt.token_ids, skip_special_tokens=True, long=arrival.long)
+        return Prompt(prompt.token_ids, text)
 
     def _max_tokens(self, prompt: Prompt, explicit: int | None, default: int, param: str) -> int:
         """Raises InvalidRequest when prompt and output do not fit into the context together."""

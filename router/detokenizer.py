@@ -1,9 +1,10 @@
 """From token ids to text, piece by piece: incremental decoding, and stop strings found in the decoded text.
 
 Used by the HTTP handlers and by the Python API; knows nothing of HTTP. Invariants: what a decoder returned in all,
-`finish` included, is what decoding prompt and output in one go adds to the decoded prompt; text once returned is
-never taken back; each token costs constant time. Two kinds of tokenizers are decoded, as their tokenizer.json says:
-byte-level BPE, and SentencePiece-like with byte fallback.
+`finish` included, is what decoding prompt and output in one go adds to the decoded prompt, unless the prompt is of ids
+that end in bytes, which no output is joined with; text once returned is never taken back; each token costs constant
+time. Two kinds of tokenizers are decoded, as their tokenizer.json says: byte-level BPE, and SentencePiece-like with
+byte fallback.
 """
 
 import re

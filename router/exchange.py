@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from router.bodies import Share
 from router.errors import ApiError, ClientGone
 
 Scope = dict[str, Any]
@@ -101,8 +102,8 @@ class Exchange:
         sent = self.headers.get(b"x-request-id", b"")
         self.request_id = sent.decode() if REQUEST_ID.fullmatch(sent) else new_id()
 
-    async def read_json(self, max_bytes: int, timeout: float) -> bytes:
-        """The whole body. Raises ApiError 408, 413 or 415, or ClientGone."""
+    async def read_json(self, max_bytes: int, timeout: float, share: Share) -> bytes:
+        """The whole body, which takes its `share` as it grows. Raises ApiError 408, 413, 415 or 503, or ClientGone."""
         media_type = self.headers.get(b"content-type", JSON).partition(b";")[0].strip().lower()
         if media_type != JSON:
             raise ApiError(415, "the body must be sent with content-type: application/json")
@@ -113,7 +114,8 @@ class Exchange:
         length = self.headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > max_bytes:
             raise too_large
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(timeout):
                 while not self._body_read:
@@ -121,10 +123,13 @@ class Exchange:
                     size += len(part)
                     if size > max_bytes:
                         raise too_large
+                    share.grow(size)
                     parts.append(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {timeout:g} seconds", code="body_timeout") from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            parts.clear()  # an error keeps this frame for as long as it is being answered
 
     async def respond(
         self, status: int, body: bytes, *, content_type: bytes = JSON, headers: tuple[tuple[bytes, bytes], ...] = ()

@@ -11,8 +11,8 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,19 +20,31 @@ import msgspec
 from prometheus_client import exposition
 
 from engine.errors import InvalidRequest
-from router.answer import Answerer
+from router.answer import Answerer, Job
+from router.bodies import BodyBudget, Share
 from router.completions import Arrival, Planner
 from router.errors import ApiError, ClientGone, as_api_error
 from router.exchange import Exchange, Receive, Scope, Send, WriteBatch
 from router.generation import Generator, ModelCard, RouteHints
 from router.metrics import Metrics
 from router.prompts import PromptEncoder, check_ids
-from router.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decode_body, refuse_unsupported
+from router.schema import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    decode_body,
+    refuse_unsupported,
+)
+from router.threads import Threads
 from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 32 * 1024
+MAX_INLINE_BYTES = 64 * 1024  # a longer body is decoded, checked and turned into a prompt in threads
+MAX_INLINE_IDS = 4096  # written as JSON, with their strings, on the loop
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
 MAX_NAME_BYTES = 256
 MODEL_PREFIX = "/v1/models/"
@@ -45,6 +57,7 @@ class FrontConfig:
     """`request_timeout_s` runs from a request's arrival to its last token."""
 
     max_body_bytes: int = 32 * 1024 * 1024
+    max_bodies_bytes: int = 512 * 1024 * 1024  # of all long bodies at once, until they are prompts
     body_timeout_s: float = 60.0
     request_timeout_s: float = 600.0
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -79,7 +92,8 @@ class Front:
         self._draw_bits = draw_bits
         self._started = int(wall_clock())
         self._batch = WriteBatch()
-        self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._threads = Threads(config.tokenizer_threads)
+        self._bodies = BodyBudget(max(config.max_bodies_bytes, config.max_body_bytes), MAX_INLINE_BYTES)
         self._encoder = PromptEncoder(tokenizer, card, self._threads)
         self._planner = Planner(card, tokenizer, self._encoder, draw_bits)
         self._answerer = Answerer(generator, metrics, clock, stream_interval=config.stream_interval)
@@ -108,7 +122,7 @@ class Front:
         self._key_digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -166,7 +180,7 @@ class Front:
             )
         return hmac.new(key.strip(), b"cache salt", hashlib.sha256).hexdigest()[:32]
 
-    def _arrival(self, exchange: Exchange) -> Arrival:
+    def _arrival(self, exchange: Exchange, long: bool) -> Arrival:
         received, tenant = self._clock(), self._tenant(exchange)
         return Arrival(
             received=received,
@@ -174,23 +188,37 @@ class Front:
             deadline=received + self._config.request_timeout_s,
             tenant=tenant,
             timeline=self._config.show_timeline and exchange.headers.get(b"x-baton-timeline") == b"1",
+            long=long,
             # Names are a key's own: no client takes the turns or the session of another key's.
             hints=RouteHints(_name(exchange, b"x-session-id"), tenant + _name(exchange, b"x-tenant-id")),
         )
 
-    async def _read(self, exchange: Exchange) -> bytes:
-        return await exchange.read_json(self._config.max_body_bytes, self._config.body_timeout_s)
+    async def _decoded(self, exchange: Exchange, kind: type[Body], share: Share) -> tuple[Body, bool]:
+        """The request's body, and whether it is long."""
+        body = await exchange.read_json(self._config.max_body_bytes, self._config.body_timeout_s, share)
+        if len(body) <= MAX_INLINE_BYTES:
+            return decode_body(body, kind), False
+        return await self._threads.run(partial(decode_body, body, kind)), True
+
+    async def _job(self, exchange: Exchange, kind: type[Body], plan: Callable[[Body, Arrival], Awaitable[Job]]) -> Job:
+        """What the body asks for; nothing keeps the body itself for as long as that runs."""
+        with self._bodies.share() as share:
+            body, long = await self._decoded(exchange, kind, share)
+            return await plan(body, self._arrival(exchange, long))
 
     async def _completions(self, exchange: Exchange) -> None:
-        body = decode_body(await self._read(exchange), CompletionBody)
-        await self._answerer.answer(exchange, await self._planner.completion(body, self._arrival(exchange)))
+        await self._answerer.answer(exchange, await self._job(exchange, CompletionBody, self._planner.completion))
 
     async def _chat(self, exchange: Exchange) -> None:
-        body = decode_body(await self._read(exchange), ChatBody)
-        await self._answerer.answer(exchange, await self._planner.chat(body, self._arrival(exchange)))
+        await self._answerer.answer(exchange, await self._job(exchange, ChatBody, self._planner.chat))
 
     async def _tokenize(self, exchange: Exchange) -> None:
-        body = decode_body(await self._read(exchange), TokenizeBody)
+        with self._bodies.share() as share:
+            answer = await self._token_ids(exchange, share)
+        await exchange.respond(200, answer)
+
+    async def _token_ids(self, exchange: Exchange, share: Share) -> bytes:
+        body, long = await self._decoded(exchange, TokenizeBody, share)
         self._planner.check_model(body.model)
         refuse_unsupported(body)
         if (body.prompt is None) == (body.messages is None):
@@ -199,23 +227,28 @@ class Front:
             special = body.add_special_tokens is not False
             ids: Sequence[int] = await self._encoder.encode(body.prompt, add_special_tokens=special, param="prompt")
         else:
-            special = body.add_special_tokens is True
-            prompt = await self._encoder.chat(body, add_special_tokens=special, owner=self._tenant(exchange))
-            ids = prompt.token_ids
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self._card.max_model_len, "tokens": ids}
-        answer["token_strs"] = (
-            [self._tokenizer.token_string(token) for token in ids] if body.return_token_strs else None
-        )
-        await exchange.respond(200, msgspec.json.encode(answer))
+            special, owner = body.add_special_tokens is True, self._tenant(exchange)
+            ids = (await self._encoder.chat(body, add_special_tokens=special, owner=owner, long=long)).token_ids
+
+        def answer() -> bytes:
+            strings = [self._tokenizer.token_string(token) for token in ids] if body.return_token_strs else None
+            fields = {"count": len(ids), "max_model_len": self._card.max_model_len, "tokens": ids}
+            return msgspec.json.encode({**fields, "token_strs": strings})
+
+        return answer() if len(ids) <= MAX_INLINE_IDS else await self._threads.run(answer)
 
     async def _detokenize(self, exchange: Exchange) -> None:
-        body = decode_body(await self._read(exchange), DetokenizeBody)
+        with self._bodies.share() as share:
+            text = await self._text(exchange, share)
+        await exchange.respond(200, msgspec.json.encode({"prompt": text}))
+
+    async def _text(self, exchange: Exchange, share: Share) -> str:
+        body, long = await self._decoded(exchange, DetokenizeBody, share)
         self._planner.check_model(body.model)
         if len(body.tokens) > self._card.max_model_len:
             raise InvalidRequest(f"tokens may hold at most {self._card.max_model_len} ids", param="tokens")
         check_ids(body.tokens, self._card.vocab_size, "tokens")
-        text = self._tokenizer.decode(body.tokens, skip_special_tokens=False)
-        await exchange.respond(200, msgspec.json.encode({"prompt": text}))
+        return await self._encoder.decode(body.tokens, skip_special_tokens=False, long=long)
 
     async def _models(self, exchange: Exchange) -> None:
         names = (self._card.name, *self._card.aliases)

@@ -1,12 +1,12 @@
 """From a request's text, ids or messages to checked prompt token ids.
 
-Long texts are tokenized in threads, never on the event loop; texts too long for any prompt are refused unread.
+Long texts are tokenized in threads, never on the event loop, and of a `long` body all else is done there too; texts,
+ids and conversations too long for any prompt are refused unread.
 """
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,12 +14,13 @@ import msgspec
 from engine.errors import InvalidRequest
 from router.generation import ModelCard
 from router.prefix_ids import PrefixIds
-from router.schema import ChatBody, TokenizeBody
+from router.schema import ChatBody, TokenizeBody, check_nesting
+from router.threads import Threads
 from router.tokenizer import Tokenizer
 
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
-MAX_CHARS_PER_TOKEN = 32  # more characters than this for each token of the context are refused unread
+MAX_CHARS_PER_TOKEN = 32  # more characters, or ids, than this for each token of the context are refused unread
 MAX_INLINE_CHARS = 4096  # tokenized on the loop: 0.1 ms, four times that by the slow encoder; a thread costs 0.2 ms
 MAX_TEMPLATE_STRING = 1024
 MAX_TEMPLATE_KWARGS = 64
@@ -43,36 +44,85 @@ RESERVED_KWARGS = frozenset(  # what the renderer gives a template, and what wou
 )
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
+_Called = tuple[dict[str, Any], str]  # a function that a message called, and where that is
+
 
 class Prompt(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]
-    text: str | None  # as the client wrote it; None for token ids
+    text: str | None  # as the client wrote it; None where it wrote ids, or not all of it is left
 
 
 class PromptEncoder:
     """Raises InvalidRequest for what cannot be a prompt; `param` says where it was."""
 
-    def __init__(self, tokenizer: Tokenizer, card: ModelCard, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, tokenizer: Tokenizer, card: ModelCard, threads: Threads) -> None:
         self._tokenizer = tokenizer
         self._card = card
         self._threads = threads
+        self._max_chars = card.max_model_len * MAX_CHARS_PER_TOKEN
         self._prefixes = PrefixIds(tokenizer)
 
-    async def encode(self, text: str, *, add_special_tokens: bool, param: str, inline: bool = True) -> list[int]:
-        """Token ids of a text; `inline` allows a short one to be tokenized here and now."""
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         self._check_length(text, param)
-        if inline and len(text) <= MAX_INLINE_CHARS:
+        if len(text) <= MAX_INLINE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        )
+        return await self._threads.run(partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens))
 
-    async def prompts(self, prompt: str | Sequence[str | int | list[int]], *, add_special_tokens: bool) -> list[Prompt]:
+    async def prompts(
+        self, prompt: str | Sequence[str | int | list[int]], *, add_special_tokens: bool, long: bool
+    ) -> list[Prompt]:
         """The prompts of a completion request: one text, one list of ids, or a list of texts or lists of ids."""
+        find = partial(self._entries, prompt)
+        entries = await self._threads.run(find) if long else find()
+        long = long or sum(len(entry) for entry in entries if isinstance(entry, str)) > MAX_INLINE_CHARS
+        makers = [partial(self._prompt, entry, add_special_tokens) for entry in entries]
+        return [await self._threads.run(make) if long else make() for make in makers]
+
+    async def chat(
+        self, fields: ChatBody | TokenizeBody, *, add_special_tokens: bool, long: bool, owner: str = ""
+    ) -> Prompt:
+        """The prompt of a conversation, through the model's chat template. Owners share nothing that can be timed."""
+
+        def begin() -> tuple[str, Sequence[int], str]:
+            if long:  # a short body cannot hold too much
+                self._check_conversation(fields)
+            text = _render(self._tokenizer, fields)
+            self._check_length(text, "messages")
+            known, rest = ((), text) if add_special_tokens else self._prefixes.find(owner, text)
+            return text, known, rest
+
+        def end() -> Prompt:
+            ids = (*known, *new)
+            if not ids:
+                raise InvalidRequest("messages make an empty prompt", param="messages")
+            if not add_special_tokens:
+                self._prefixes.keep(owner, text, ids)
+            return Prompt(ids, text)
+
+        text, known, rest = await self._threads.run(begin) if long else begin()
+        new = await self.encode(rest, add_special_tokens=add_special_tokens, param="messages")
+        return await self._threads.run(end) if long else end()
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, long: bool) -> str:
+        decode = partial(self._tokenizer.decode, token_ids, skip_special_tokens=skip_special_tokens)
+        return await self._threads.run(decode) if long else decode()
+
+    def _check_length(self, prompt: str | Sequence[Any], param: str) -> None:
+        if len(prompt) > self._max_chars:
+            what = "characters" if isinstance(prompt, str) else "token ids"
+            message = f"{len(prompt)} {what} are more than any prompt of this model can hold ({self._max_chars})"
+            raise InvalidRequest(message, param=param, code="context_length_exceeded")
+
+    def _check_conversation(self, fields: ChatBody | TokenizeBody) -> None:
+        if _is_larger([fields.messages, fields.tools], self._max_chars):
+            message = f"messages and tools hold more than any prompt of this model can ({self._max_chars} characters)"
+            raise InvalidRequest(message, param="messages", code="context_length_exceeded")
+
+    def _entries(self, prompt: str | Sequence[str | int | list[int]]) -> Sequence[str | int | list[int]]:
         if isinstance(prompt, str):
             entries: Sequence[str | int | list[int]] = [prompt]
         elif prompt and isinstance(prompt[0], int):
+            self._check_length(prompt, "prompt")
             entries = [_only_ids(prompt)]
         else:
             entries = prompt
@@ -80,36 +130,15 @@ class PromptEncoder:
             raise InvalidRequest(f"prompt must hold 1 to {MAX_PROMPTS} prompts, not {len(entries)}", param="prompt")
         if len({type(entry) for entry in entries}) > 1:
             raise InvalidRequest("prompt must hold texts or lists of token ids, not both", param="prompt")
-        inline = sum(len(entry) for entry in entries if isinstance(entry, str)) <= MAX_INLINE_CHARS
-        return [await self._one(entry, add_special_tokens, inline) for entry in entries]
+        return entries
 
-    async def chat(self, fields: ChatBody | TokenizeBody, *, add_special_tokens: bool, owner: str = "") -> Prompt:
-        """The prompt of a conversation, through the model's chat template. Owners share nothing that can be timed."""
-        text = _render(self._tokenizer, fields)
-        self._check_length(text, "messages")
-        if add_special_tokens:
-            ids = await self.encode(text, add_special_tokens=True, param="messages")
-        else:
-            known, rest = self._prefixes.find(owner, text)
-            ids = [*known, *await self.encode(rest, add_special_tokens=False, param="messages")]
-            self._prefixes.keep(owner, text, ids)
-        if not ids:
-            raise InvalidRequest("messages make an empty prompt", param="messages")
-        return Prompt(tuple(ids), text)
-
-    def _check_length(self, text: str, param: str) -> None:
-        limit = self._card.max_model_len * MAX_CHARS_PER_TOKEN
-        if len(text) > limit:
-            message = f"the text has {len(text)} characters, more than any prompt of this model can hold ({limit})"
-            raise InvalidRequest(message, param=param, code="context_length_exceeded")
-
-    async def _one(self, entry: str | int | list[int], special: bool, inline: bool) -> Prompt:
+    def _prompt(self, entry: str | int | list[int], special: bool) -> Prompt:
         assert not isinstance(entry, int), entry
         if not entry:
             raise InvalidRequest("prompt must not be empty", param="prompt", code="empty_prompt")
+        self._check_length(entry, "prompt")
         if isinstance(entry, str):
-            ids = await self.encode(entry, add_special_tokens=special, param="prompt", inline=inline)
-            return Prompt(tuple(ids), entry)
+            return Prompt(tuple(self._tokenizer.encode(entry, add_special_tokens=special)), entry)
         check_ids(entry, self._card.vocab_size, "prompt")
         return Prompt(tuple(entry), None)
 
@@ -129,8 +158,12 @@ def render_messages(
         raise InvalidRequest(message, param="messages")
     if tools is not None and not tools:
         raise InvalidRequest("tools must not be an empty list", param="tools")
+    called: list[_Called] = []
+    known = [_template_message(message, place, called) for place, message in enumerate(messages)]
+    if called:
+        _parse_arguments(called)
     return tokenizer.chat.render(
-        [_template_message(message, place) for place, message in enumerate(messages)],
+        known,
         tools=tools,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
@@ -158,14 +191,13 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
         raise InvalidRequest(f"{param} holds a token id outside 0..{vocab_size - 1}", param=param)
 
 
-def truncated(ids: tuple[int, ...], keep: int | None, room: int) -> tuple[int, ...]:
+def truncated(prompt: Prompt, keep: int, room: int) -> Prompt:
     """The last `keep` ids (-1: as many as there is `room` for)."""
-    if keep is None:
-        return ids
     keep = room if keep == -1 else keep
     if keep < 1:
         raise InvalidRequest("truncate_prompt_tokens must be -1 or at least 1", param="truncate_prompt_tokens")
-    return ids[-keep:]
+    ids = prompt.token_ids[-keep:]
+    return prompt if len(ids) == len(prompt.token_ids) else Prompt(ids, None)
 
 
 def _only_ids(entries: Sequence[str | int | list[int]]) -> list[int]:
@@ -175,8 +207,9 @@ def _only_ids(entries: Sequence[str | int | list[int]]) -> list[int]:
     return ids
 
 
-def _template_message(message: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """A checked message as templates know it: text contents, `system` for `developer`, parsed tool arguments."""
+def _template_message(message: Mapping[str, Any], place: int, called: list[_Called]) -> dict[str, Any]:
+    """A checked message as templates know it: text contents, `system` for `developer`. The functions that it called
+    are added to `called`, their arguments not parsed yet."""
     where = f"messages[{place}]"
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
@@ -189,7 +222,8 @@ def _template_message(message: Mapping[str, Any], place: int) -> dict[str, Any]:
         "content": _text(content, f"{where}.content"),
     }
     if message.get("tool_calls"):
-        known["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+        known["tool_calls"] = calls = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+        called += [(call["function"], f"{where}.tool_calls") for call in calls]
     return {**message, **known}
 
 
@@ -207,23 +241,48 @@ def _text(content: Any, where: str) -> str:
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Clients send a call's arguments as JSON text; templates expect the object."""
     if not isinstance(calls, list) or not all(
         isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
     ):
         raise InvalidRequest(f"{where} must be a list of calls, each with a function", param=where)
-    parsed = []
-    for call in calls:
-        arguments = call["function"].get("arguments")
+    return [{**call, "function": {**call["function"]}} for call in calls]
+
+
+def _parse_arguments(called: Sequence[_Called]) -> None:
+    """Clients send a call's arguments as JSON text; templates expect the object.
+
+    No text is parsed that is deeper than a body may be, and all of them together hold no more than a body may.
+    """
+    texts = [text for function, _ in called if isinstance(text := function.get("arguments"), str)]
+    check_nesting(",".join(texts).encode("utf-8", "replace"), "arguments of tool calls", "messages")
+    for function, where in called:
+        arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments) if arguments else {}
-            except (ValueError, RecursionError):
+            except ValueError:
                 raise InvalidRequest(f"{where}: arguments is not valid JSON", param=where) from None
         if arguments is not None and not isinstance(arguments, dict):
             raise InvalidRequest(f"{where}: arguments must be a JSON object", param=where)
-        parsed.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return parsed
+        function["arguments"] = arguments
+
+
+def _is_larger(value: Any, limit: int) -> bool:
+    """Whether the texts and names in a value, with one for every other value, are more than `limit` characters."""
+    size, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            size += sum(map(len, value))
+            value = value.values()
+        elif not isinstance(value, str | list):
+            continue
+        size += len(value)
+        if size > limit:
+            return True
+        if not isinstance(value, str):
+            waiting.extend(value)
+    return False
 
 
 def _template_kwargs(kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class CompletionFormat:
         text = "" if hidden else "".join(piece.text for piece in pieces)
         fields = {
             "index": choice.index,
-            "text": self._prompt_text(choice) + text if echo else text,
+            "text": (choice.prompt.text or "") + text if echo else text,
             "logprobs": self._logprobs(choice, [] if hidden else pieces, echo) if envelope.logprobs else None,
             "finish_reason": "length" if hidden else pieces[-1].finish_reason,
         }
@@ -143,10 +143,6 @@ class CompletionFormat:
             fields["token_ids"] = [] if hidden else [token for piece in pieces for token in piece.token_ids]
             fields["prompt_token_ids"] = choice.prompt.token_ids if pieces[0].first else None
         return fields
-
-    def _prompt_text(self, choice: Choice) -> str:
-        prompt = choice.prompt
-        return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
     def _logprobs(self, choice: Choice, pieces: Sequence[Piece], echo: bool) -> dict[str, Any]:
         entries: list[Any] = [entry for piece in pieces for entry in piece.logprobs]

@@ -5,7 +5,7 @@ would change the answer (guided decoding, tool parsing, transfer parameters) are
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,9 +14,11 @@ from engine.errors import InvalidRequest
 
 MAX_DEPTH = 64
 MAX_NESTED_VALUES = 1 << 18
+MAX_STRINGS = 1 << 19  # names among them: parsing the double takes half a second in one go
+PIECE_BYTES = 1 << 18  # looked through in a millisecond
 
 _PATH = re.compile(r"`(?:key|value)?`?[^`]*\$\.?([A-Za-z_][\w]*)?([^`]*)`$")
-_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_NO_MARKS = bytes(byte for byte in range(256) if byte not in b'[]{}"')
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
@@ -154,7 +156,7 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
     except UnicodeDecodeError as error:
         message = f"the body is not valid UTF-8 (byte {error.start})"
         raise InvalidRequest(message, code="invalid_json") from None
-    _check_depth(body)
+    check_nesting(body)
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -173,26 +175,47 @@ def refuse_unsupported(body: SamplingFields | TokenizeBody) -> None:
             raise InvalidRequest(message, param=name, code="unsupported_parameter")
 
 
-def _check_depth(body: bytes) -> None:
-    """Raise InvalidRequest when values are nested deeper than MAX_DEPTH, whether or not a field is known.
+def check_nesting(text: bytes, what: str = "the body", param: str | None = None) -> None:
+    """Raise InvalidRequest when JSON has values nested deeper than MAX_DEPTH, or too many, in fields known or not.
 
-    Strings are cut out, then innermost pairs of brackets removed again and again, all in time linear in the body.
+    Strings are cut out, then innermost pairs of brackets removed again and again, all in time linear in the text, and
+    in short steps: between them other threads have their turn.
     """
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+    few_strings = len(text) <= 2 * MAX_STRINGS or text.count(b'"') <= 2 * MAX_STRINGS
+    if few_strings and text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
         return
-    outside_strings = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-    brackets = outside_strings.translate(_AS_SQUARE, _BRACKETS)
-    if len(brackets) > 2 * MAX_NESTED_VALUES:
-        raise InvalidRequest(f"the body holds more than {MAX_NESTED_VALUES} arrays and objects", code="invalid_json")
+    found, num_brackets, num_quotes = [], 0, 0
+    for brackets, quotes in _outside_strings(text):
+        found.append(brackets)
+        num_brackets += len(brackets)
+        num_quotes += quotes
+        if num_brackets > 2 * MAX_NESTED_VALUES or num_quotes > 2 * MAX_STRINGS:
+            message = f"{what} must hold at most {MAX_NESTED_VALUES} arrays and objects, and {MAX_STRINGS} strings"
+            raise InvalidRequest(message, param=param, code="invalid_json")
+    left = b"".join(found)
     for _ in range(MAX_DEPTH):
-        if b"[" * (MAX_DEPTH + 1) in brackets:
+        if b"[" * (MAX_DEPTH + 1) in left:
             break
-        shorter = brackets.replace(b"[]", b"")
-        if len(shorter) == len(brackets):
+        shorter = left.replace(b"[]", b"")
+        if len(shorter) == len(left):
             return  # nothing left, or not balanced, which the parser reports
-        brackets = shorter
-    if brackets:
-        raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+        left = shorter
+    if left:
+        message = f"{what} must not be nested deeper than {MAX_DEPTH} levels"
+        raise InvalidRequest(message, param=param, code="invalid_json")
+
+
+def _outside_strings(text: bytes) -> Iterator[tuple[bytes, int]]:
+    """Of each piece of a JSON text, the brackets outside strings, all made square, and how many quotes it has."""
+    escape, in_string = b"", False
+    for start in range(0, len(text), PIECE_BYTES):
+        piece = (escape + text[start : start + PIECE_BYTES]).replace(b"\\\\", b"").replace(b'\\"', b"")
+        escape = b"\\" if piece.endswith(b"\\") else b""  # of what the next piece begins with
+        marks = piece.translate(_AS_SQUARE, _NO_MARKS)
+        # With nothing between them two quotes change nothing, whichever of them opens; each would cost an object.
+        parts = marks.replace(b'""', b"").split(b'"')
+        yield b"".join(parts[in_string::2]), marks.count(b'"')
+        in_string ^= len(parts) % 2 == 0
 
 
 def _wrong_field(message: str) -> InvalidRequest:

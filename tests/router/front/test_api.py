@@ -99,6 +99,22 @@ async def test_token_ids_and_prompt_logprobs_are_returned_when_asked_for(tokeniz
     assert [token for event in events(chat_raw) for token in event["choices"][0].get("token_ids", [])] == output
 
 
+async def test_echo_shows_what_is_left_of_a_prompt(tokenizer: Tokenizer) -> None:
+    text, ids = "the ice is wide", tokenizer.encode("the ice is wide")
+    async with running(tokenizer, saying(tokenizer, "!")) as server:
+
+        async def echoed(prompt: str | list[int], keep: int | None) -> str:
+            body = {"prompt": prompt, "echo": True, "truncate_prompt_tokens": keep}
+            _, _, answer = await server.post("/v1/completions", body)
+            shown: str = answer["choices"][0]["text"]
+            return shown
+
+        whole = [await echoed(prompt, keep) for prompt in (text, ids) for keep in (None, -1, len(ids))]
+        cut = [await echoed(prompt, 3) for prompt in (text, ids)]
+    assert set(whole) == {text + "!"}
+    assert set(cut) == {tokenizer.decode(ids[-3:]) + "!"}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_before", [0, 1])
 @pytest.mark.parametrize("n", [1, 3])

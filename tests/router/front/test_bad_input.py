@@ -242,6 +242,38 @@ async def test_a_chunked_body_is_refused_as_soon_as_it_is_over_the_limit(tokeniz
     assert head.startswith(b"HTTP/1.1 413 ")
 
 
+async def test_long_bodies_are_bounded_together_and_short_ones_get_by(tokenizer: Tokenizer) -> None:
+    config = FrontConfig(max_body_bytes=300_000, max_bodies_bytes=300_000)
+    long = b'{"prompt":"x","user":"' + b"u" * 250_000 + b'"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(long)
+    async with running(tokenizer, saying(tokenizer, "fine"), config=config) as server:
+        bodies = server.front._bodies
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head + long[:-1])
+        await until(lambda: bodies.num_bytes == len(long) - 1 - bodies.free_bytes)
+        status, headers, answer = await server.post("/v1/completions", long)
+        other = await server.post("/tokenize", long)
+        await still_serves(server)
+        writer.write(long[-1:])
+        assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+        assert (await server.post("/v1/completions", long))[0] == 200
+        assert bodies.num_bytes == 0
+    assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+    assert (answer["error"]["type"], answer["error"]["code"]) == ("server_error", "overloaded")
+    assert other[0] == 503
+
+
+async def test_what_came_of_a_long_body_goes_with_its_client(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, saying(tokenizer, "fine")) as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 200001\r\n\r\n" + b" " * 200_000)
+        await until(lambda: server.front._bodies.num_bytes)
+        writer.transport.abort()
+        await until(lambda: server.metrics.responses)
+        assert server.front._bodies.num_bytes == 0
+
+
 async def test_a_body_that_does_not_come_is_given_up(tokenizer: Tokenizer) -> None:
     config = FrontConfig(body_timeout_s=0.05)
     async with running(tokenizer, saying(tokenizer, "fine"), config=config) as server:

@@ -81,6 +81,14 @@ def test_output_continues_its_prompt(prompt: list[int], token_ids: list[int]) ->
     assert LLAMA.decode(prompt) + stream.push(token_ids) + stream.finish() == LLAMA.decode([*prompt, *token_ids])
 
 
+@pytest.mark.parametrize(("name", "words"), [("gemma", SENTENCE_WORDS), ("bytes", BYTE_LEVEL_WORDS)])
+def test_output_is_not_joined_with_the_bytes_a_prompt_ends_in(name: str, words: list[str]) -> None:
+    first, second = (words.index(word) for word in (("<0xC3>", "<0xA9>") if name == "gemma" else ("Ã", "©")))
+    stream = TextStream(TOKENIZERS[name], SamplingParams(), [first])
+    assert TOKENIZERS[name].decode([first, second]) == "é"
+    assert stream.push([second]) + stream.finish() == "\ufffd"
+
+
 def test_a_leading_space_is_dropped_only_where_the_text_begins() -> None:
     space_a = SENTENCE_WORDS.index("▁a")
     bos = len(SENTENCE_WORDS)

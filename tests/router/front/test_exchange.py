@@ -1,11 +1,13 @@
 import asyncio
+import tracemalloc
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from router.errors import ClientGone
+from router.bodies import BodyBudget
+from router.errors import ApiError, ClientGone
 from router.exchange import CONNECTION, MAX_UNSENT_BYTES, Exchange, Send, WriteBatch
 from router.server import ClientConnection
 
@@ -110,6 +112,21 @@ async def test_a_connection_that_cannot_be_written_to_holds_up_no_other() -> Non
     assert not one.write_events(b"c")
     await one.flush()
     assert wire == [b"b", b"ac"]
+
+
+async def test_a_refused_body_is_dropped_before_its_error_is_answered() -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
+
+    scope = {"method": "POST", "path": "/", "headers": [], "extensions": {CONNECTION: client()}}
+    exchange = Exchange(scope, receive, nothing, lambda: "id", WriteBatch())
+    tracemalloc.start()
+    with pytest.raises(ApiError) as error, BodyBudget(8 << 20, 0).share() as share:
+        await exchange.read_json(32 << 20, 20, share)
+    left = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert error.value.status == 503
+    assert left < 2 << 20  # the last part
 
 
 def client() -> ClientConnection:
