@@ -105,7 +105,9 @@ def test_blocks_already_on_the_decode_worker_need_no_room():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_empty_worker_gets_even_what_it_may_lack_memory_for(policy):
-    assert choose(policy, facts(99_999), {}, view(worker("d0"))).decode == "d0"
+    decision = choose(policy, facts(99_999), {}, view(worker("d0")))
+    assert decision.decode == "d0"
+    assert decision.cost_s < np.inf
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -191,6 +193,12 @@ def test_a_newcomer_goes_where_it_delays_the_decoding_least():
         few = worker("d0", model=other, num_seqs=3)
         assert choose(PREFIX_AWARE, facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=8))).decode == "d1"
         assert choose(PREFIX_AWARE, facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=40))).decode == "d0"
+
+
+def test_memory_in_use_counts_as_the_sequences_it_would_hold():
+    """800 of 1,000 blocks are those of 51 of 64 sequences."""
+    table = view(worker("d0", num_seqs=3, num_free_blocks=200), worker("d1", num_seqs=5, num_free_blocks=950))
+    assert choose(LeastLoaded(), facts(), {}, table).decode == "d1"
 
 
 def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
@@ -337,6 +345,21 @@ def test_a_transfer_hides_behind_prefill_and_the_queue_of_a_link_behind_that_for
     assert pick(900, cached=960) == "d1"  # with nothing to hide behind
 
 
+def test_what_a_transfer_does_not_hide_behind_costs_as_long():
+    """It begins when the prefill worker's queue of 1.5 s is empty, and takes 2 s, of which 1.01 s are computed."""
+    table = view(worker("p0", queue_s=1.5), worker("d0", num_seqs=1, transfer_token_s=2 * TOKEN_S))
+    decision = choose(PREFIX_AWARE, facts(), {}, table)
+    assert decision.ttft_s == pytest.approx(2.51, rel=1e-6)
+    route_s = 2.51 + 64 * TOKEN_S + (1.5 + 2.0 - 2.51) + 0.1 * 2.0
+    num_seqs = np.exp(-2.51 / 0.011 / 256)  # of the other one, by the end of prefill
+    answers_s = 100 * (0.01 + (num_seqs + 1) * 0.001) + num_seqs * 0.001 * 256
+    assert decision.cost_s == pytest.approx(route_s + 0.2 * answers_s, rel=1e-6)
+
+
+def test_a_worker_that_has_pulled_nothing_is_taken_to_need_a_tenth_of_the_time_to_compute_a_token():
+    assert view(worker("d0")).decode.transfer_token_s[0] == pytest.approx(0.1 * TOKEN_S, rel=1e-6)
+
+
 def test_tokens_to_pull_count_from_the_decision_on():
     state = worker("d0", transfer_token_s=0.25, num_pull_tokens=8)
     assert view(state).decode.pull_wait_s[0] == 2.0
@@ -403,7 +426,15 @@ def test_a_reservation_counts_until_the_workers_own_report_covers_it():
     state.reserve(2, Reservation(blocks=10))
     state.counted(2)
     state.counted(2)
-    assert (state.row().num_seqs, state.row().seq_limit) == (0, 6)
+    assert state.row().num_seqs == 0
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "seqs_per_slot", "expected"), [(4, 1.5, 6), (3, 1.5, 4), (1, 1.5, 1), (1, 0.5, 1)]
+)
+def test_a_worker_may_always_hold_one_sequence_and_never_a_part_of_one(max_num_seqs, seqs_per_slot, expected):
+    described = pb.Description(role="decode", block_size=16, num_blocks=100, max_num_seqs=max_num_seqs)
+    assert WorkerState("d0", described, seqs_per_slot, set()).row().seq_limit == expected
 
 
 @pytest.mark.parametrize(("role", "expected"), [("decode", 12), ("prefill", 5)])

@@ -40,6 +40,9 @@ def test_a_prompt_that_a_decode_worker_can_prefill_in_time_is_not_rejected():
     table = view(worker("p0", queue_s=9.0), worker("d0"))
     assert outcome(table, num_tokens=50, ttft_s=0.5).prefill is None
     assert isinstance(outcome(table, num_tokens=500, ttft_s=0.6), Reject)
+    busy = view(worker("p0", queue_s=9.0), worker("d0", num_seqs=1))  # any prompt may be prefilled here: 0.51 s
+    assert isinstance(choose(PrefixAware(), facts(500, ttft_s=0.4), {}, busy), Reject)
+    assert choose(PrefixAware(), facts(500, ttft_s=0.6), {}, busy).prefill is None
 
 
 @pytest.mark.parametrize("limits", [{"ttft_s": 0.5}, {"tpot_s": 0.001}])
@@ -63,6 +66,9 @@ def test_sequences_that_end_before_prefill_does_make_room():
     assert isinstance(outcome(table, tpot_s=0.04), Reject)
     table.demand.mean_output = 100.0
     assert outcome(table, tpot_s=0.04).decode == "d0"
+    alone = view(worker("d0", num_seqs=60))  # prefills it at once: until then nobody ends
+    alone.demand.mean_output = 100.0
+    assert isinstance(outcome(alone, tpot_s=0.04), Reject)
 
 
 def test_without_room_a_request_waits_until_it_cannot_be_in_time():
