@@ -11,7 +11,8 @@ from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.admission import AdmissionConfig
-from router.cluster_view import WorkerState
+from router.affinity import Affinity, Turn
+from router.cluster_view import Reservation, WorkerState
 from router.placement import Placed, Placement, PlacementConfig, Refused
 from router.policies import PrefixAware, RequestFacts
 
@@ -175,6 +176,10 @@ def test_what_does_not_fit_in_the_queue_is_refused_newest_first():
     it.placement.put_back(first)  # more wait now than may, but nobody who was let in is refused
     it.placement.add(fifth := Prompt(RequestFacts(16, 1)))
     assert [each.candidate for each in it.pump()] == [first, fifth]
+    it.placement.put_back(first)
+    urgent = it.add(priority=-1)  # is placed, so it is not one more that waits
+    assert [each.candidate for each in it.pump()] == [urgent]
+    assert it.placement.waiting() == [second, third, first]
 
 
 def test_a_decision_never_waits_for_the_reports_of_many_workers():
@@ -249,13 +254,34 @@ def test_the_next_turn_of_a_session_goes_where_the_last_one_was_before_the_index
     assert second.decision.hit_tokens == 3200
     assert turn(4800, session="s", tenant="another").decision.hit_tokens == 0
     it.placement.release(first.candidate, 100)
-    it.placement.release(second.candidate, 161)
+    it.placement.release(second.candidate, 160)
     third = turn(6400, session="s")
     assert third.decision.hit_tokens == 4800
-    blocks_of_answer = 160 // BLOCK
+    blocks_of_answer = 159 // BLOCK  # its last token has no KV
     without = -(-(6400 + 200) // BLOCK)
     assert third.decision.decode == second.decision.decode
     assert third.on_decode.blocks == without - 4800 // BLOCK - blocks_of_answer
+
+
+def test_a_session_counts_no_less_than_the_index_knows_and_no_more_than_the_prompt_has():
+    it = Cluster(["p0", "d0"])
+    it.place(1600, chain(1, 1600), session="s")
+    it.placement.apply("p0", KvEvent(stored=tuple(chain(1, 3040))))  # another client's prompt
+    assert it.place(3200, chain(1, 3200), session="s").decision.hit_tokens == 3040
+    it = Cluster(["p0", "d0"])
+    first = it.place(1600, chain(1, 1600), session="s")
+    it.placement.release(first.candidate, 501)
+    again = it.place(1616, chain(1, 1616), session="s")
+    assert (again.decision.prefill, again.decision.hit_tokens) == (None, 1616)
+    assert again.on_decode.blocks == -(-(1616 + 200) // BLOCK) - 1616 // BLOCK
+
+
+def test_the_sessions_seen_last_are_known(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("router.affinity._MAX_SESSIONS", 2)
+    sessions, turn = Affinity(), Turn("p0", "d0", 1600, BLOCK, 100, 7)
+    for name in ("a", "b", "a", "c"):
+        sessions.placed(("", name), turn)
+    assert [sessions.last(("", name), 0.0) for name in "abc"] == [turn, None, turn]
 
 
 def test_a_session_that_paused_is_believed_to_be_where_the_index_says():
@@ -311,22 +337,53 @@ def test_prompts_that_cannot_reuse_blocks_have_no_hits(session):
 
 
 def test_sequences_of_other_routers_count_in_what_the_pool_is_asked():
-    """The delay to others that a request causes is the larger, the more of them come."""
+    """Work of 0.164 s comes every 2 s from this router: of ten like it, the pool would be busy for 0.82 of the time."""
 
-    def cost(num_running: int) -> float:
-        it = Cluster(["p0", "p1", "d0"])
-        for number in range(20):
-            it.clock.now = number * 0.1
-            it.place(1600)
-            it.report("p0")
-            it.report("p1")
-        for state in it.states.values():
-            for handle in range(1, it.handle + 1):
-                state.counted(handle)
-        it.report("d0", num_running=num_running)
-        return it.place(1600).decision.cost_s - it.place(1600, hashes=()).decision.ttft_s
+    def cost(num_own: int) -> float:
+        it = Cluster(["p0", "d0"])
+        for number in range(60):
+            it.clock.now = 2.0 * number
+            placed = it.place(1600)
+            it.states["p0"].counted(it.handle)
+            it.states["d0"].counted(it.handle)
+            if number >= num_own:
+                it.placement.release(placed.candidate)
+        it.report("d0", num_running=60)
+        return it.place(1600).decision.cost_s
 
-    assert cost(60) > cost(20)
+    assert cost(6) - cost(60) == pytest.approx(0.164 * (0.82 - 0.082), rel=0.05)
+
+
+@pytest.mark.parametrize(("ids", "expected"), [(["d0"], (False, True)), (["p0", "d0"], (True, False))])
+def test_a_prompt_is_asked_of_the_pool_that_computes_it(ids, expected):
+    it = Cluster(ids)
+    it.place()
+    demand = it.placement._table.demand
+    assert (demand.on_prefill.prompts_per_s(0.0) > 0, demand.on_decode.prompts_per_s(0.0) > 0) == expected
+
+
+def test_how_long_answers_are_is_learned_from_those_that_have_ended():
+    it = Cluster(["d0"])
+    for num_tokens in (None, *[10] * 400):
+        it.placement.release(it.place().candidate, num_tokens)
+        it.states["d0"].counted(it.handle)
+    assert it.placement._table.demand.mean_output == pytest.approx(10 + 246 * (127 / 128) ** 400)
+
+
+def test_a_worker_that_learns_its_speed_first_says_it_of_the_others():
+    it = Cluster(["d0"])
+    it.attach("p0")
+    it.attach("p1")
+    it.place()
+    it.report("p0")
+    it.place()
+    assert it.placement._table.prefill.prefill_token_s == pytest.approx([1e-4, 1e-4])
+
+
+def test_what_a_decode_worker_holds_is_not_pulled():
+    it = Cluster(["p0", "d0"])
+    it.placement.apply("d0", KvEvent(stored=tuple(chain(1, 800))))
+    assert it.place(1600, chain(1, 1600)).on_decode == Reservation(blocks=113 - 50, pull_tokens=800)
 
 
 @pytest.mark.parametrize("facts", [{"tenant": "late"}, {"priority": -1}])
