@@ -13,21 +13,9 @@ from protos import worker_pb2 as pb
 from router.placement import Placed, Placement, PlacementConfig
 from router.policies import RequestFacts, RoutingPolicy
 from tests.cluster.simulation.small import MODEL
+from tests.router.dispatch.workers import BLOCK, Prompt, described
 
-SIZE = 16
 HASHES = list(range(100, 110))
-
-
-@dataclass(eq=False)
-class Prompt:
-    reusable: bool = True
-
-    def facts(self) -> RequestFacts:
-        return RequestFacts(num_tokens=10 * SIZE, max_new_tokens=16)
-
-    def hashes(self, block_size: int) -> list[int]:
-        assert block_size == SIZE
-        return HASHES
 
 
 @dataclass(frozen=True)
@@ -39,24 +27,11 @@ class Worker:
     num_free_blocks: int = 1000
     model: StepModel = MODEL
 
-    @property
-    def role(self) -> str:
-        return self.worker_id.split("-", maxsplit=1)[0]
-
 
 def chosen(policy: RoutingPolicy, *workers: Worker) -> tuple[str | None, str]:
     placement: Placement[Prompt] = Placement(policy, PlacementConfig(), lambda: 0.0)
     for worker in workers:
-        described = pb.Description(
-            worker_id=worker.worker_id,
-            role=worker.role,
-            block_size=SIZE,
-            num_blocks=1000,
-            max_model_len=100_000,
-            max_batch_tokens=8192,
-            max_num_seqs=256,
-        )
-        state = placement.attach(worker.worker_id, described, ())
+        state = placement.attach(worker.worker_id, described(worker.worker_id, max_num_seqs=256), ())
         state.report(
             pb.Load(
                 num_running=worker.num_running,
@@ -66,11 +41,11 @@ def chosen(policy: RoutingPolicy, *workers: Worker) -> tuple[str | None, str]:
             )
         )
         placement.apply(worker.worker_id, KvEvent(stored=tuple(HASHES[: worker.cached])))
-    placement.add(Prompt())
+    placement.add(Prompt(RequestFacts(10 * BLOCK, 16), HASHES))
     (placed,) = placement.pump()
     assert isinstance(placed, Placed)
     assert placed.decision.hit_tokens == next(
-        each.cached * SIZE for each in workers if each.worker_id == (placed.decision.prefill or placed.decision.decode)
+        each.cached * BLOCK for each in workers if each.worker_id == (placed.decision.prefill or placed.decision.decode)
     )
     return placed.decision.prefill, placed.decision.decode
 

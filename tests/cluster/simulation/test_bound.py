@@ -16,8 +16,7 @@ from cluster.simulation.bound import (
 )
 from cluster.simulation.report import Slo
 from cluster.simulation.simulation import Simulation
-from tests.cluster.simulation.small import MODEL, make_setup, request, trace_of
-from tests.cluster.simulation.test_simulation import random_trace
+from tests.cluster.simulation.small import MODEL, make_setup, random_trace, request, trace_of
 
 
 def in_time(jobs: list[tuple[float, float]], speed: int, patience_s: float) -> bool:

@@ -13,8 +13,7 @@ from cluster.simulation.report import Report, Slo
 from cluster.simulation.router import Outcome
 from cluster.simulation.simulation import Setup, Simulation
 from engine.step_profile import DecodeStep, Measurements, PrefillStep, StepProfile
-from tests.cluster.simulation.small import make_setup
-from tests.cluster.simulation.test_simulation import random_trace
+from tests.cluster.simulation.small import make_setup, random_trace
 
 SLO = Slo(ttft_s=0.6, tpot_s=0.05)
 

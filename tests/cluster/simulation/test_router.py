@@ -12,6 +12,7 @@ from protos import worker_pb2 as pb
 from router.placement import Placement, PlacementConfig
 from router.policies import PrefixAware
 from tests.cluster.simulation.small import BLOCK, MODEL, NETWORK_S, request
+from tests.router.dispatch.workers import described
 
 
 class Worker:
@@ -40,7 +41,7 @@ class Worker:
 class Router:
     """With the first worker of each kind idle and the second one busy, and one request."""
 
-    def __init__(self, ttft_s: float | None = None) -> None:
+    def __init__(self, **limits: float) -> None:
         self.events = Events()
         busy = {"prefill": {"queue_us": 10_000}, "decode": {"num_running": 2}}
         self.workers = {
@@ -48,18 +49,8 @@ class Router:
             for role, load in busy.items()
             for index in range(2)
         }
-        descriptions = [
-            pb.Description(
-                worker_id=worker_id,
-                role=worker_id.split("-")[0],
-                block_size=BLOCK,
-                num_blocks=64,
-                max_model_len=64 * BLOCK,
-                max_num_seqs=8,
-                max_batch_tokens=1024,
-            )
-            for worker_id in self.workers
-        ]
+        sizes = {"block_size": BLOCK, "num_blocks": 64, "max_num_seqs": 8, "max_batch_tokens": 1024}
+        descriptions = [described(worker_id, **sizes) for worker_id in self.workers]
         workers: Any = self.workers
         placement: Placement[SimulatedFlight] = Placement(
             PrefixAware(local_prefill_max_tokens=0), PlacementConfig(), self.events.clock
@@ -75,7 +66,8 @@ class Router:
             self.over.append,
         )
         self.outcome = Outcome(0, 1000, 50, 0.0)
-        self.router.arrive(SimulatedFlight(request(0, 0.0, 1000, 50), self.outcome, 50, ttft_s))
+        self.flight = SimulatedFlight(request(0, 0.0, 1000, 50), self.outcome, 50, **limits)
+        self.router.arrive(self.flight)
         self.settle()
 
     @property
@@ -114,14 +106,15 @@ def test_attempts_that_add_no_token_are_counted_from_the_last_one_that_did() -> 
     assert it.outcome.refused == ""
     it.hear(failed=True)
     assert (it.outcome.refused, it.outcome.num_attempts) == ("attempts failed", 2 * MAX_FRUITLESS)
-    assert [flight.outcome for flight in it.over] == [it.outcome]
+    assert it.over == [it.flight]
 
 
 def test_a_request_that_has_begun_is_tried_again_even_if_it_is_late() -> None:
-    it = Router(ttft_s=0.5)
+    it = Router(ttft_s=0.5, tpot_s=1.0)
     it.events.now = 1.0
     it.hear(failed=True)
     assert (it.outcome.num_attempts, it.outcome.refused) == (2, "")
+    assert (it.flight.facts().ttft_s, it.flight.facts().tpot_s) == (None, None)
 
 
 def test_cached_tokens_are_those_of_the_first_attempt() -> None:

@@ -1,7 +1,6 @@
 """Small clusters whose times are worked out by hand, and what holds of every simulation."""
 
 from dataclasses import replace
-from random import Random
 
 import pytest
 
@@ -9,10 +8,19 @@ from cluster.simulation.bound import goodput_bound
 from cluster.simulation.report import Slo, make_report
 from cluster.simulation.router import Outcome
 from cluster.simulation.simulation import Result, Setup, Simulation
-from cluster.simulation.trace import Trace, TraceRequest
+from cluster.simulation.trace import Trace
 from cluster.simulation.transfer import TransferSpeed
 from router.policies import LeastLoaded, PrefixAware, RoundRobin
-from tests.cluster.simulation.small import KV_BYTES, LATENCY_S, MODEL, NETWORK_S, make_setup, request, trace_of
+from tests.cluster.simulation.small import (
+    KV_BYTES,
+    LATENCY_S,
+    MODEL,
+    NETWORK_S,
+    make_setup,
+    random_trace,
+    request,
+    trace_of,
+)
 
 
 def run(setup: Setup, trace: Trace, **options: float) -> Result:
@@ -24,18 +32,6 @@ def run(setup: Setup, trace: Trace, **options: float) -> Result:
         assert worker.engine.kv.num_free == worker.engine.kv.num_blocks, worker.worker_id
     assert [each.number for each in result.outcomes] == [each.number for each in trace.requests]
     return result
-
-
-def random_trace(seed: int, num_requests: int = 120, seconds: float = 10.0) -> Trace:
-    """Conversations that share up to three blocks of the trace."""
-    random = Random(seed)
-    requests: list[TraceRequest] = []
-    for number, arrived in enumerate(sorted(random.uniform(0, seconds) for _ in range(num_requests))):
-        topic = random.randrange(6)
-        contents = [10 * topic + block for block in range(random.randrange(4))]
-        num_prompt = 512 * len(contents) + random.randrange(1, 700)
-        requests.append(request(number, arrived, num_prompt, random.randrange(1, 60), contents))
-    return trace_of(*requests)
 
 
 @pytest.mark.usefixtures("at_given_times")

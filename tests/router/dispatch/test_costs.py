@@ -7,7 +7,7 @@ from router.cluster_view import Reservation
 from router.costs import PrefillLoad, decode_cost, prefill_cost
 from router.demand import Rate
 from router.policies import PrefixAware
-from tests.router.dispatch.test_policies import MODEL, choose, facts, view, worker
+from tests.router.dispatch.workers import MODEL, choose, facts, view, worker
 
 IDLE = PrefillLoad(0.0, 0.0)
 

@@ -1,8 +1,6 @@
 """Placement driven as the dispatcher and the simulator drive it, with workers that are a few numbers."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -12,99 +10,10 @@ from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.admission import AdmissionConfig
 from router.affinity import Affinity, Turn
-from router.cluster_view import Reservation, WorkerState
-from router.placement import Placed, Placement, PlacementConfig, Refused
-from router.policies import PrefixAware, RequestFacts
-
-BLOCK = 16
-MODEL = StepModel(base_s=0.004, prefill_token_s=1e-4, pair_s=0.0, decode_s=2e-4, kv_token_s=0.0)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass(eq=False)
-class Prompt:
-    facts_: RequestFacts
-    hashes_: Sequence[int] = ()
-    reusable: bool = True
-
-    def facts(self) -> RequestFacts:
-        return self.facts_
-
-    def hashes(self, _block_size: int) -> Sequence[int]:
-        return self.hashes_
-
-
-@dataclass
-class Cluster:
-    """`p..` prefill and `d..` decode workers that report what a test says."""
-
-    ids: Sequence[str]
-    config: PlacementConfig = field(default_factory=PlacementConfig)
-    policy: PrefixAware = field(default_factory=lambda: PrefixAware(local_prefill_max_tokens=64))
-    num_seqs: int = 256
-
-    def __post_init__(self) -> None:
-        self.clock = Clock()
-        self.placement: Placement[Prompt] = Placement(self.policy, self.config, self.clock)
-        self.states: dict[str, WorkerState] = {}
-        self.turn = self.handle = 0
-        for worker_id in self.ids:
-            self.attach(worker_id)
-            self.report(worker_id)
-
-    def attach(self, worker_id: str, hashes: Sequence[int] = ()) -> None:
-        described = pb.Description(
-            role="prefill" if worker_id[0] == "p" else "decode",
-            fingerprint="f",
-            block_size=BLOCK,
-            num_blocks=10_000,
-            max_model_len=100_000,
-            max_batch_tokens=8192,
-            max_num_seqs=self.num_seqs,
-        )
-        self.states[worker_id] = self.placement.attach(worker_id, described, hashes)
-
-    def report(self, worker_id: str, *, num_running: int = 0, queue_s: float = 0.0, draining: bool = False) -> None:
-        self.turn += 1
-        self.states[worker_id].report(
-            pb.Load(
-                num_running=num_running,
-                num_free_blocks=10_000 - 20 * num_running,
-                queue_us=round(queue_s * 1e6),
-                model=model_to_pb(MODEL),
-                draining=draining,
-                turn=self.turn,
-            )
-        )
-
-    def add(self, num_tokens: int = 1600, hashes: Sequence[int] = (), **facts) -> Prompt:
-        prompt = Prompt(RequestFacts(num_tokens, 200, arrived=self.clock.now, **facts), hashes)
-        self.placement.add(prompt)
-        return prompt
-
-    def pump(self) -> list[Placed[Prompt] | Refused[Prompt]]:
-        outcomes = []
-        for outcome in self.placement.pump():
-            outcomes.append(outcome)
-            if isinstance(outcome, Placed):
-                self.handle += 1
-                if outcome.prefill is not None:
-                    outcome.prefill.reserve(self.handle, outcome.on_prefill)
-                outcome.decode.reserve(self.handle, outcome.on_decode)
-        return outcomes
-
-    def place(self, *args, **facts) -> Placed[Prompt]:
-        prompt = self.add(*args, **facts)
-        (placed,) = self.pump()
-        assert isinstance(placed, Placed)
-        assert placed.candidate is prompt
-        return placed
+from router.cluster_view import Reservation
+from router.placement import Placed, PlacementConfig, Refused
+from router.policies import RequestFacts
+from tests.router.dispatch.workers import BLOCK, FAST_MODEL, Cluster, Prompt
 
 
 def chain(first: int, num_tokens: int) -> list[int]:
@@ -209,7 +118,7 @@ def test_a_hot_prefix_is_computed_elsewhere_once_its_holder_is_the_bottleneck():
         worker_id = placed.decision.prefill
         assert worker_id is not None
         start = max(it.clock.now, busy_until[worker_id])
-        busy_until[worker_id] = start + MODEL.prefill_seconds(
+        busy_until[worker_id] = start + FAST_MODEL.prefill_seconds(
             placed.on_prefill.prefill_tokens, placed.on_prefill.prefill_past
         )
         waits.append(busy_until[worker_id] - it.clock.now)
@@ -409,7 +318,7 @@ def test_a_turn_that_ended_without_an_answer_is_not_taken_for_cached_for_ever():
 def test_a_model_that_cannot_be_is_not_believed(value):
     it = Cluster(["p0", "d0"])
     for number, field_name in enumerate(StepModel.__slots__):
-        model = model_to_pb(MODEL)
+        model = model_to_pb(FAST_MODEL)
         setattr(model, field_name, value)
         for worker_id in it.ids:
             it.states[worker_id].report(pb.Load(num_free_blocks=10_000, model=model, turn=100 + number))

@@ -11,6 +11,7 @@ from protos import worker_pb2 as pb
 from router.cluster_view import WorkerState
 from router.membership import Joined
 from router.session import SessionConfig, WorkerSession
+from tests.router.dispatch.workers import attached, described
 
 
 class Worker:
@@ -20,7 +21,7 @@ class Worker:
         self.now = 0.0
         self.commands: list[str | None] = []  # names of what it was told; None: only that the router lives
         self.lost: list[str] = []
-        self.attached = asyncio.Event()
+        self.reported = asyncio.Event()
         self.session = WorkerSession(
             Joined("d0", "decode", "host:1", 1),
             self,
@@ -50,10 +51,7 @@ class Worker:
 
     async def read(self) -> pb.Frame:
         self._num_frames = 1
-        described = pb.Description(
-            worker_id="d0", role="decode", model="m", block_size=16, max_model_len=100, max_batch_tokens=100
-        )
-        return pb.Frame(description=described, kv_snapshot=pb.KvSnapshot())
+        return pb.Frame(description=described("d0", model="m"), kv_snapshot=pb.KvSnapshot())
 
     def deliver_to(self, receive) -> None:
         self._receive = receive
@@ -65,24 +63,24 @@ class Worker:
         if not self._over.done():
             self._over.set_exception(error or StreamLost("aborted"))
 
-    def session_attached(self, _session, frame: pb.Frame) -> WorkerState:
-        return WorkerState("d0", frame.description, 1.5, set())
+    def session_attached(self, *_) -> WorkerState:
+        return attached("d0")
 
     def session_events(self, *_) -> None:
         raise AssertionError("no frame here has any")
 
     def session_reported(self, _session) -> None:
-        self.attached.set()
+        self.reported.set()
 
     def session_lost(self, _session, reason: str) -> None:
         self.lost.append(reason)
 
 
 @asynccontextmanager
-async def attached(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Worker]:
+async def serving(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Worker]:
     worker = Worker(monkeypatch)
     running = asyncio.create_task(worker.session.run())
-    await worker.attached.wait()
+    await worker.reported.wait()
     await asyncio.sleep(0)
     yield worker
     running.cancel()
@@ -108,7 +106,7 @@ async def test_a_session_is_lost_when_a_second_look_finds_it_silent_too(monkeypa
 
 
 async def test_an_idle_worker_makes_no_progress_and_is_not_stalled(monkeypatch):
-    async with attached(monkeypatch) as worker:
+    async with serving(monkeypatch) as worker:
         for worker.now in (1000.0, 2000.0):
             worker.say(progress=5)
         worker.now += 60.0
@@ -121,7 +119,7 @@ async def test_an_idle_worker_makes_no_progress_and_is_not_stalled(monkeypatch):
 
 
 async def test_a_router_with_nothing_to_say_says_that_it_lives(monkeypatch):
-    async with attached(monkeypatch) as worker:
+    async with serving(monkeypatch) as worker:
         counts = []
         for worker.now in (1.0, 2.0, 2.1, 4.0, 4.2):
             worker.say()

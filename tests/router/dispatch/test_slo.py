@@ -5,14 +5,10 @@ from collections import deque
 
 import pytest
 
-from engine.step_model import StepModel
 from router.cluster_view import Reservation
 from router.policies import PrefixAware, Reject, RequestFacts, RoutingDecision
 from router.worker_table import WorkerTable
-from tests.router.dispatch.test_policies import choose, facts, view, worker
-
-# A prompt of 1,000 tokens takes 1 s, a step 10 ms and 1 ms for each sequence.
-MODEL = StepModel(base_s=0.01, prefill_token_s=0.001, pair_s=0.0, decode_s=0.001, kv_token_s=0.0)
+from tests.router.dispatch.workers import MODEL, choose, facts, view, worker
 
 
 def outcome(table: WorkerTable, now: float = 0.0, **changes) -> RoutingDecision | Reject | None:
@@ -111,10 +107,10 @@ def decoding_over_time(rule: Naive | Predicting) -> list[int]:
             decoding.append(rng.expovariate(1 / 1000))
         step = MODEL.base_s + MODEL.decode_s * len(decoding)
         decoding = [left - 0.1 / step for left in decoding if left > 0.1 / step]
-        decode = worker("d0", num_seqs=len(decoding), model=MODEL)
+        decode = worker("d0", num_seqs=len(decoding))
         for number in range(len(on_their_way)):
             decode.reserve(number, Reservation(blocks=1))
-        table = view(decode, worker("p0", model=MODEL))
+        table = view(decode, worker("p0"))
         table.demand.mean_output = 1000.0
         if rule.admits(table, asked):
             on_their_way.append(now + 10.0)
