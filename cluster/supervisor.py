@@ -6,12 +6,14 @@ Owns its children from entering the context to leaving it; afterwards none is le
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Self
 
 from cluster.process import Child, Command, ending, start
 
+NOT_STARTED = 127  # the status that shells give to a program that cannot be run
 GRACE_S = 30.0  # what orchestrators give between SIGTERM and SIGKILL, too
 
 
@@ -117,13 +119,15 @@ class Supervisor:
         """Wait for the running child's end and start the next, forever."""
         backoff = self._backoff()
         while True:
-            started = self._clock()
-            child = self._running[command.name]
-            status = await child.wait()
-            await child.stop(0)  # what it started does not outlive it
-            del self._running[command.name]
+            started, status = self._clock(), NOT_STARTED
+            child = self._running.get(command.name)
+            if child is not None:
+                status = await child.wait()
+                await child.stop(0)  # what it started does not outlive it
+                del self._running[command.name]
             ran_for_s = self._clock() - started
             delay = backoff.after(ran_for_s)
             self._report(Ended(command, status, ran_for_s, delay))
             await self._sleep(delay)
-            self._running[command.name] = await start(command)
+            with suppress(OSError):  # such as too many processes: reported as one that ended at once
+                self._running[command.name] = await start(command)

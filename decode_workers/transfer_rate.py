@@ -14,20 +14,30 @@ class TransferRate:
     def __init__(self) -> None:
         self._num_tokens = 0.0
         self._seconds = 0.0
-        self._used_at = 0.0
+        self._trust = 1.0  # in what past pulls say, until the next one says it again
+        self._idle_since: float | None = None  # None: the link is in use, or was never
 
     def observe(self, num_tokens: int, seconds: float, now: float) -> None:
         """A pull has moved so many tokens, and was copying for so long."""
-        kept = _FORGETTING * self._aged(now)
-        self._num_tokens = kept * self._num_tokens + num_tokens
-        self._seconds = kept * self._seconds + seconds
-        self._used_at = now
+        self._use(now)
+        self._num_tokens = _FORGETTING * self._num_tokens + num_tokens
+        self._seconds = _FORGETTING * self._seconds + seconds
+        self._trust = 1.0
+        self._idle_since = now
 
     def token_s(self, now: float, *, pulling: bool) -> float:
         """Seconds for each token; 0 while nothing has moved. `pulling`: the link is in use now."""
         if pulling:
-            self._used_at = now
-        return self._aged(now) * self._seconds / self._num_tokens if self._num_tokens else 0.0
+            self._use(now)
+        elif self._idle_since is None:
+            self._idle_since = now
+        return self._trust * self._left(now) * self._seconds / self._num_tokens if self._num_tokens else 0.0
 
-    def _aged(self, now: float) -> float:
-        return float(0.5 ** ((now - self._used_at) / _HALF_LIFE_S))
+    def _use(self, now: float) -> None:
+        left, self._idle_since = self._left(now), None
+        self._num_tokens *= left
+        self._seconds *= left
+        self._trust *= left
+
+    def _left(self, now: float) -> float:
+        return 1.0 if self._idle_since is None else float(0.5 ** ((now - self._idle_since) / _HALF_LIFE_S))

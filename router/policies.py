@@ -98,7 +98,7 @@ class RoundRobin:
     uses_hits: bool = False
 
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
-        decoders = np.flatnonzero(_with_room(facts, hits, table.decode))
+        decoders = np.flatnonzero(with_room(facts, hits, table.decode))
         if not len(decoders):
             return None
         decode = int(decoders[table.turn % len(decoders)])
@@ -112,7 +112,7 @@ class LeastLoaded:
     uses_hits: bool = False
 
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
-        decoders = _with_room(facts, hits, table.decode)
+        decoders = with_room(facts, hits, table.decode)
         if not decoders.any():
             return None
         decode = cheapest(np.where(decoders, table.decode.occupancy, np.inf), table.turn)
@@ -137,8 +137,8 @@ class PrefixAware:
     def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
         pool = table.decode
         hits_here = hits[pool.rows]
-        needed = blocks_needed(facts, hits_here, pool)
-        able = with_room(facts, needed, pool)
+        needed = _blocks_needed(facts, hits_here, pool)
+        able = _with_room(facts, needed, pool)
         if facts.ttft_s is None and not np.count_nonzero(able):
             return None
         routes = self._routes(facts, hits, hits_here, table)
@@ -284,14 +284,13 @@ def _load(demand: PrefillDemand, pool: Pool, routers: float, now: float) -> Pref
     return PrefillLoad(demand.prompts_per_s(now) * per_worker, demand.busy_workers(now) * per_worker)
 
 
-def blocks_needed(facts: RequestFacts, hits_here: Ints, pool: Pool) -> Floats:
+def _blocks_needed(facts: RequestFacts, hits_here: Ints, pool: Pool) -> Floats:
     """To have free on each decode worker before it gets this request; hits are of whole blocks."""
     needed: Floats = np.ceil(facts.num_reserved_tokens / pool.block_size) - hits_here / pool.block_size
     return needed
 
 
-def with_room(facts: RequestFacts, needed: Floats, pool: Pool) -> Bools:
-    """Decode workers that can hold the request, without those that just failed unless there is no other."""
+def _with_room(facts: RequestFacts, needed: Floats, pool: Pool) -> Bools:
     able: Bools = needed <= pool.room
     holding = pool.holding(facts.num_tokens)
     if holding is not None:
@@ -313,8 +312,9 @@ def decision(
     )
 
 
-def _with_room(facts: RequestFacts, hits: Ints, pool: Pool) -> Bools:
-    return with_room(facts, blocks_needed(facts, hits[pool.rows], pool), pool)
+def with_room(facts: RequestFacts, hits: Ints, pool: Pool) -> Bools:
+    """Decode workers that can hold the request, without those that just failed unless there is no other."""
+    return _with_room(facts, _blocks_needed(facts, hits[pool.rows], pool), pool)
 
 
 def _partners(facts: RequestFacts, decode: int, table: WorkerTable) -> Bools:

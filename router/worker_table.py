@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.step_model import StepModel
-from router.cluster_view import DECODE, PREFILL, WorkerRow, WorkerState
+from router.cluster_view import DECODE, PREFILL, WorkerState
 from router.demand import Demand
 
 Floats = npt.NDArray[np.float64]
@@ -27,14 +27,39 @@ _TRANSFER_PART = 0.1
 
 _MIN_STEP_S = 1e-5  # steps are divided by
 
-_NUM_MODEL = 5  # columns
-_NUM_DERIVED = 14
-_NUM_COLUMNS = len(WorkerRow._fields) + _NUM_MODEL + _NUM_DERIVED
+
+class _Columns:
+    """One number for each worker in each: what it reports, the worker's StepModel, and what follows from both."""
+
+    block_size: Floats
+    num_blocks: Floats
+    num_seqs: Floats
+    num_running: Floats
+    num_free_blocks: Floats
+    base_s: Floats
+    prefill_token_s: Floats
+    pair_s: Floats
+    decode_s: Floats
+    kv_token_s: Floats
+    wait_s: Floats  # until a prompt that comes now would begin
+    occupancy: Floats  # sequences, or as many as the used memory stands for if that is more
+    num_tokens: Floats  # that its blocks hold
+    seq_tokens: Floats  # of KV that a sequence has, on average
+    newcomer_s: Floats  # that one more sequence adds to a step, before its KV
+    step_s: Floats  # a decode step now
+    transfer_token_s: Floats  # of its link, for each token of KV that comes
+    pull_wait_s: Floats  # until what is on its way has come
+    room: Floats  # blocks a newcomer may take: none at the limit of sequences, any when idle
+    num_coming: Floats  # sequences that do not run yet
+    block_part: Floats  # one block's of its memory
+    free_part: Floats  # of its memory
+    pressure: Floats  # sequences, times the part of its memory that is taken
+    beside_s: Floats  # what decodes in a step beside a prompt takes of it
 
 
-class Pool:
-    """Columns are those of WorkerRow, and the worker's StepModel. A worker that has not run yet has the model of
-    another one in its pool; one that has never prefilled, what that takes in `prefillers`."""
+class Pool(_Columns):
+    """A worker that has not run yet has the model of another one in its pool; one that has never prefilled, what that
+    takes in `prefillers`."""
 
     def __init__(
         self,
@@ -56,39 +81,9 @@ class Pool:
         self.max_len: Ints = np.array(max_lens, np.intp)  # tokens of a sequence, prompt and output
         self.least_max_len, self.most_max_len = min(max_lens, default=0), max(max_lens, default=0)
         self.batch_tokens: Floats = np.array([state.description.max_batch_tokens for state in states], np.float64)
-        columns: Floats = np.empty((_NUM_COLUMNS, len(states)))
-        self._columns = columns
-        self.block_size: Floats = columns[0]
-        self.num_blocks: Floats = columns[1]
-        self.max_num_seqs: Floats = columns[2]
-        self.seq_limit: Floats = columns[3]
-        self.num_seqs: Floats = columns[4]
-        self.num_running: Floats = columns[5]
-        self.num_free_blocks: Floats = columns[6]
-        self.queue_s: Floats = columns[7]
-        self.num_waiting_tokens: Floats = columns[8]
-        self.num_waiting_pairs: Floats = columns[9]
-        self.num_pull_tokens: Floats = columns[10]
-        self.num_pending: Floats = columns[11]
-        self.base_s: Floats = columns[12]
-        self.prefill_token_s: Floats = columns[13]
-        self.pair_s: Floats = columns[14]
-        self.decode_s: Floats = columns[15]
-        self.kv_token_s: Floats = columns[16]
-        self.wait_s: Floats = columns[17]  # until a prompt that comes now would begin
-        self.occupancy: Floats = columns[18]  # sequences, or as many as the used memory stands for if that is more
-        self.num_tokens: Floats = columns[19]  # that its blocks hold
-        self.seq_tokens: Floats = columns[20]  # of KV that a sequence has, on average
-        self.newcomer_s: Floats = columns[21]  # that one more sequence adds to a step, before its KV
-        self.step_s: Floats = columns[22]  # a decode step now
-        self.transfer_token_s: Floats = columns[23]  # of its link, for each token of KV that comes
-        self.pull_wait_s: Floats = columns[24]  # until what is on its way has come
-        self.room: Floats = columns[25]  # blocks a newcomer may take: none at the limit of sequences, any when idle
-        self.num_coming: Floats = columns[26]  # sequences that do not run yet
-        self.block_part: Floats = columns[27]  # one block's of its memory
-        self.free_part: Floats = columns[28]  # of its memory
-        self.pressure: Floats = columns[29]  # sequences, times the part of its memory that is taken
-        self.beside_s: Floats = columns[30]  # what decodes in a step beside a prompt takes of it
+        self._columns: Floats = np.empty((len(_Columns.__annotations__), len(states)))
+        for name, column in zip(_Columns.__annotations__, self._columns, strict=True):
+            setattr(self, name, column)
         for position, state in enumerate(states):
             self._write(state, position)
 
@@ -142,7 +137,11 @@ class Pool:
         num_blocks = max(1, row.num_blocks)
         decoding_s = row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)
         self._columns[:, position] = (
-            *row,
+            row.block_size,
+            row.num_blocks,
+            row.num_seqs,
+            row.num_running,
+            row.num_free_blocks,
             base_s,
             token_s,
             pair_s,

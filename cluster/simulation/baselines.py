@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.costs import PrefillLoad, cheapest, prefill_cost
-from router.policies import RequestFacts, RoutingDecision, blocks_needed, with_room
+from router.policies import RequestFacts, RoutingDecision, decision, with_room
 from router.worker_table import Floats, Ints, Pool, WorkerTable
 
 
@@ -24,7 +24,7 @@ def _place(
 ) -> RoutingDecision | None:
     """The least of each; ties are spread. `prefill_costs` by position in `prefillers(table)`."""
     pool, decode_pool = prefillers(table), table.decode
-    able = with_room(facts, blocks_needed(facts, hits[decode_pool.rows], decode_pool), decode_pool)
+    able = with_room(facts, hits, decode_pool)
     if not able.any():
         return None
     if pool is decode_pool:
@@ -32,12 +32,7 @@ def _place(
     else:
         decode = cheapest(np.where(able, decode_costs, np.inf), table.turn)
         prefill = cheapest(prefill_costs, table.turn)
-    return RoutingDecision(
-        None if pool is decode_pool else pool.worker_id(prefill),
-        decode_pool.worker_id(decode),
-        int(hits[pool.rows[prefill]]),
-        reason,
-    )
+    return decision(None if pool is decode_pool else prefill, decode, hits, table, reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,7 @@ class Planner:
 
     def _try(self, candidate: Candidate, setup: Setup, scale: float, seed: int) -> Report | None:
         """None: too many requests missed."""
-        allowed = (1.0 - self._attainment) * len(self._trace.requests)
+        allowed = math.floor((1.0 - self._attainment) * len(self._trace.requests) + 1e-6)  # 0.1 of 10 is 1
         missed = 0
 
         def watch(outcome: Outcome) -> bool:

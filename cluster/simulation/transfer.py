@@ -6,7 +6,7 @@ The KV of a step is announced by groups of layers, evenly through the step, so o
 
 from dataclasses import dataclass
 
-NUM_LAYER_GROUPS = 4  # the torch executor's default: groups of a quarter of the layers
+LAST_GROUP = 1 / 16  # of the layers, as the torch executor announces them
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,4 +40,4 @@ def transfer_end(
     """When bytes that a step computed between `began` and `computed` are in place; takes the time of both links."""
     seconds = num_bytes / speed.bytes_per_s
     moved = max(source.take(began, seconds), sink.take(began, seconds))
-    return max(moved, computed + seconds / NUM_LAYER_GROUPS) + speed.latency_s
+    return max(moved, computed + LAST_GROUP * seconds) + speed.latency_s

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.process import Command
-from cluster.supervisor import Backoff, Ended, Supervisor
+from cluster.supervisor import NOT_STARTED, Backoff, Ended, Supervisor
 from tests.cluster.children import SLEEP, announcing, ends_within, next_pid, python, stubborn
 
 
@@ -77,6 +77,15 @@ async def test_a_child_that_always_fails_waits_longer_each_time(tmp_path: Path) 
     async with Supervisor([[command]], reports, sleep=sleep, backoff=lambda: Backoff(1, 3)):
         assert [(await reports.next()).status for _ in range(4)] == [1, 1, 1, 1]
     assert slept == [1, 2, 3, 3]
+
+
+async def test_a_program_that_cannot_be_started_again_is_tried_on(tmp_path: Path) -> None:
+    reports, program = Reports(), tmp_path / "program"
+    program.write_text('#!/bin/sh\nrm "$0"\nexit 3\n')
+    program.chmod(0o700)
+    command = Command("child", (str(program),), {"PATH": os.defpath}, tmp_path / "log")
+    async with Supervisor([[command]], reports, backoff=impatient):
+        assert [(await reports.next()).status for _ in range(3)] == [3, NOT_STARTED, NOT_STARTED]
 
 
 async def test_leaving_stops_every_child_and_reports_none(tmp_path: Path, fifo: Path) -> None:

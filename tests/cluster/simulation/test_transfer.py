@@ -16,5 +16,5 @@ def test_a_link_carries_one_thing_after_the_other_at_either_end() -> None:
     assert [link.take_busy() for link in links] == [0.0] * 4
 
 
-def test_the_last_of_four_groups_of_layers_travels_when_the_step_has_ended() -> None:
-    assert transfer_end(SECOND, 0.0, 10.0, Link(), Link(), SPEED) == 10.375
+def test_the_last_sixteenth_of_the_layers_travels_when_the_step_has_ended() -> None:
+    assert transfer_end(SECOND, 0.0, 10.0, Link(), Link(), SPEED) == 10.1875
