@@ -105,8 +105,11 @@ def test_of_many_splits_those_around_the_best_are_tried_too(
     assert found[0].candidate.num_prefill == best + 1
 
 
-def test_a_run_stops_when_too_many_requests_have_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 100, 75 have to be in time, and none is."""
+@pytest.mark.parametrize(("attainment", "num_heard"), [(0.75, 26), (0.9, 11)])
+def test_a_run_stops_with_the_first_request_that_misses_beyond_what_may(
+    monkeypatch: pytest.MonkeyPatch, attainment: float, num_heard: int
+) -> None:
+    """Of 100, of which none is in time."""
     heard: list[Outcome] = []
 
     class Heard(Simulation):
@@ -114,10 +117,10 @@ def test_a_run_stops_when_too_many_requests_have_missed(monkeypatch: pytest.Monk
             super().__init__(*args, **options, watch=lambda outcome: heard.append(outcome) or watch(outcome))
 
     monkeypatch.setattr("cluster.simulation.plan.Simulation", Heard)
-    never = Planner(setup, random_trace(7, num_requests=100), Slo(0.0, 0.0), attainment=0.75)
+    never = Planner(setup, random_trace(7, num_requests=100), Slo(0.0, 0.0), attainment=attainment)
     candidate = Candidate(1, 1, profile(1), profile(1))
     assert never._try(candidate, setup(candidate), 1.0, 0) is None
-    assert len(heard) == 26
+    assert len(heard) == num_heard
 
 
 def test_all_candidates_are_tried_at_rates_of_one_grid() -> None:

@@ -56,11 +56,16 @@ def test_without_prefill_workers_the_decode_worker_does_it_all() -> None:
 
 
 @pytest.mark.usefixtures("at_given_times")
-def test_a_long_prompt_takes_several_steps_and_only_the_last_chunk_travels_after_the_next_to_last() -> None:
-    (outcome,) = run(make_setup(), trace_of(request(0, num_prompt=2000, num_output=2))).outcomes
-    assert outcome.ttft == pytest.approx(2 * NETWORK_S + 2 * 0.01 + 2000 * 1e-4)
-    # 1024 tokens in the first step, 976 in the second: a sixteenth of their bytes is left when it ends.
-    tail_s = 976 * KV_BYTES / 1e9 / 16 + LATENCY_S
+@pytest.mark.parametrize(("max_batch_tokens", "num_prompt", "num_last"), [(1024, 2000, 976), (100, 120, 120)])
+def test_a_long_prompt_takes_several_steps_and_what_fills_no_block_travels_with_the_last(
+    max_batch_tokens: int, num_prompt: int, num_last: int
+) -> None:
+    """Two steps: the first one's 1,024 tokens are 8 blocks, and of 100 there is none to send."""
+    setup = make_setup(max_batch_tokens=max_batch_tokens)
+    (outcome,) = run(setup, trace_of(request(0, num_prompt=num_prompt, num_output=2))).outcomes
+    assert outcome.ttft == pytest.approx(2 * NETWORK_S + 2 * 0.01 + num_prompt * 1e-4)
+    # A sixteenth of what travels with the last step is left when that ends.
+    tail_s = num_last * KV_BYTES / 1e9 / 16 + LATENCY_S
     assert outcome.tpot == pytest.approx(tail_s + 0.011)
 
 
