@@ -82,7 +82,6 @@ class Dispatcher:
         self._sessions: dict[str, WorkerSession] = {}
         self._decoders: dict[str, WorkerSession] = {}  # of those, the decode workers'
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the latest session's, by worker id
-        self._absent_since = clock()  # of decode workers; meaningful while not ready
         self._absence_timer: asyncio.TimerHandle | None = None
         self._runner: asyncio.Task[Any] | None = None
         self._closed = False
@@ -307,7 +306,6 @@ class Dispatcher:
         if self.ready or self._closed:
             self._cancel_absence_timer()
         elif self._absence_timer is None and self._placement.num_waiting:
-            self._absent_since = self._clock()
             self._arm_absence_timer(self._config.no_worker_wait_s)
 
     def _arm_absence_timer(self, delay: float) -> None:
@@ -323,9 +321,7 @@ class Dispatcher:
         wait_s, now = self._config.no_worker_wait_s, self._clock()
         if self.ready:
             return
-        deadlines = {
-            flight: max(flight.waiting_since, self._absent_since) + wait_s for flight in self._placement.waiting()
-        }
+        deadlines = {flight: flight.waiting_since + wait_s for flight in self._placement.waiting()}
         for flight, deadline in deadlines.items():
             if deadline <= now:
                 flight.give_up(_unavailable(flight))

@@ -14,10 +14,17 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton import router_processes
+from baton import compose, router_processes
 from cluster.addresses import free_port
+from cluster.process import Command
+from cluster.spec import RouterSpec
 from cluster.spec_file import load_spec, parse_spec, save_spec
-from cluster.supervisor import Backoff, ClusterFailed
+from cluster.supervisor import Backoff, ClusterFailed, Ended
+from router.admission import AdmissionConfig
+from router.dispatcher import DispatcherConfig
+from router.flight import Slo
+from router.placement import PlacementConfig
+from router.policies import LeastLoaded, RoutingPolicy
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -176,6 +183,35 @@ async def test_a_process_that_cannot_stay_up_ends_the_router(
             await router_processes.run_router_processes(load_spec(spec_path), spec_path, index=0)
     assert max(len(tries.with_suffix(f".{number}").read_text().split()) for number in (0, 1)) == 4
     assert "starting it again" in caplog.text
+
+
+def test_a_process_that_ran_for_long_did_start(tmp_path: Path) -> None:
+    command, stop = Command("router process 0", ("router",), {}, log=None), asyncio.Event()
+    watch = router_processes.Watch([command], tmp_path, stop)
+    for ran_for_s in (1.0, 1.0, 1.0, 30.0, 1.0, 1.0, 29.9):
+        watch.ended(Ended(command, 1, ran_for_s, 0.5))
+    assert (watch.failure, stop.is_set()) == ("", False)
+    watch.ended(Ended(command, 1, 1.0, 0.5))
+    assert watch.failure.startswith("router process 0 failed 4 times in a row within 30 s of its start")
+    assert stop.is_set()
+
+
+async def test_the_limits_of_a_spec_reach_its_router(spec_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made(Exception):
+        """With what a dispatcher was to be made of."""
+
+    def make(_registry: object, policy: RoutingPolicy, config: DispatcherConfig, **_: object) -> None:
+        raise Made(policy, config)
+
+    monkeypatch.setattr(compose, "Dispatcher", make)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    fields = {"max_queue": 7, "max_running": 3, "slo": {"ttft_s": 2.0, "tpot_s": 0.05}, "policy": "least_loaded"}
+    spec = load_spec(spec_path)
+    spec = spec.model_copy(update={"router": RouterSpec.model_validate(fields)})
+    with pytest.raises(Made) as made:
+        await compose.run_router(spec)
+    placement = PlacementConfig(AdmissionConfig(max_queue=7, max_running=3))
+    assert made.value.args == (LeastLoaded(), DispatcherConfig(placement=placement, slo=Slo(2.0, 0.05)))
 
 
 async def test_a_port_that_somebody_else_has_is_refused(spec_path: Path) -> None:

@@ -52,6 +52,19 @@ async def test_a_killed_child_is_started_again(tmp_path: Path, fifo: Path) -> No
     assert ends_within(second, 0)
 
 
+async def test_what_a_child_started_does_not_outlive_it(tmp_path: Path, fifo: Path) -> None:
+    async def never(_seconds: float) -> None:
+        await asyncio.Event().wait()
+
+    reports, code = Reports(), f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {announcing(fifo)!r}])"
+    commands = [python(tmp_path, "child", f"{code}; {SLEEP}")]
+    async with Supervisor([commands], reports, sleep=never) as supervisor:
+        grandchild, child = await next_pid(fifo), supervisor.pids["child"]
+        os.kill(child, signal.SIGKILL)
+        await reports.next()
+        assert ends_within(grandchild, 10)
+
+
 async def test_a_child_that_always_fails_waits_longer_each_time(tmp_path: Path) -> None:
     reports, slept = Reports(), []
 

@@ -1,6 +1,7 @@
 """Small simulated clusters whose step times are round numbers."""
 
 from collections.abc import Callable, Sequence
+from random import Random
 
 from cluster.simulation.simulation import PoolSetup, Setup
 from cluster.simulation.trace import Trace, TraceRequest
@@ -55,3 +56,15 @@ def request(
 
 def trace_of(*requests: TraceRequest) -> Trace:
     return Trace("small", requests)
+
+
+def random_trace(seed: int, num_requests: int = 120, seconds: float = 10.0) -> Trace:
+    """Conversations that share up to three blocks of the trace."""
+    random = Random(seed)
+    requests: list[TraceRequest] = []
+    for number, arrived in enumerate(sorted(random.uniform(0, seconds) for _ in range(num_requests))):
+        topic = random.randrange(6)
+        contents = [10 * topic + block for block in range(random.randrange(4))]
+        num_prompt = 512 * len(contents) + random.randrange(1, 700)
+        requests.append(request(number, arrived, num_prompt, random.randrange(1, 60), contents))
+    return trace_of(*requests)

@@ -7,26 +7,15 @@ import pytest
 
 from cluster.simulation.baselines import BlockCost, CacheAware, MinimumTtft, PrefixOnly
 from engine.kv.events import KvEvent
+from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.placement import Placed, Placement, PlacementConfig
 from router.policies import RequestFacts, RoutingPolicy
 from tests.cluster.simulation.small import MODEL
+from tests.router.dispatch.workers import BLOCK, Prompt, described
 
-SIZE = 16
 HASHES = list(range(100, 110))
-
-
-@dataclass(eq=False)
-class Prompt:
-    reusable: bool = True
-
-    def facts(self) -> RequestFacts:
-        return RequestFacts(num_tokens=10 * SIZE, max_new_tokens=16)
-
-    def hashes(self, block_size: int) -> list[int]:
-        assert block_size == SIZE
-        return HASHES
 
 
 @dataclass(frozen=True)
@@ -34,41 +23,29 @@ class Worker:
     worker_id: str
     cached: int = 0  # blocks of the prompt
     num_running: int = 0
-    queue_ms: int = 0
+    queue_ms: float = 0.0
     num_free_blocks: int = 1000
-
-    @property
-    def role(self) -> str:
-        return self.worker_id.split("-", maxsplit=1)[0]
+    model: StepModel = MODEL
 
 
 def chosen(policy: RoutingPolicy, *workers: Worker) -> tuple[str | None, str]:
     placement: Placement[Prompt] = Placement(policy, PlacementConfig(), lambda: 0.0)
     for worker in workers:
-        described = pb.Description(
-            worker_id=worker.worker_id,
-            role=worker.role,
-            block_size=SIZE,
-            num_blocks=1000,
-            max_model_len=100_000,
-            max_batch_tokens=8192,
-            max_num_seqs=256,
-        )
-        state = placement.attach(worker.worker_id, described, ())
+        state = placement.attach(worker.worker_id, described(worker.worker_id, max_num_seqs=256), ())
         state.report(
             pb.Load(
                 num_running=worker.num_running,
                 num_free_blocks=worker.num_free_blocks,
-                queue_us=1000 * worker.queue_ms,
-                model=model_to_pb(MODEL),
+                queue_us=round(1000 * worker.queue_ms),
+                model=model_to_pb(worker.model),
             )
         )
         placement.apply(worker.worker_id, KvEvent(stored=tuple(HASHES[: worker.cached])))
-    placement.add(Prompt())
+    placement.add(Prompt(RequestFacts(10 * BLOCK, 16), HASHES))
     (placed,) = placement.pump()
     assert isinstance(placed, Placed)
     assert placed.decision.hit_tokens == next(
-        each.cached * SIZE for each in workers if each.worker_id == (placed.decision.prefill or placed.decision.decode)
+        each.cached * BLOCK for each in workers if each.worker_id == (placed.decision.prefill or placed.decision.decode)
     )
     return placed.decision.prefill, placed.decision.decode
 
@@ -83,15 +60,18 @@ def test_prefix_only_takes_the_longest_prefix_whatever_the_queue() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cached", "num_running", "expected"),
+    ("cached", "least", "most", "expected"),
     [
-        (4, 60, "prefill-1"),  # above the threshold of 0.3
-        (4, 65, "prefill-0"),  # but out of balance: more than 64 requests above the least, and 1.5 times as many
-        (3, 60, "prefill-0"),  # not above it: the fewest requests
+        (4, 0, 64, "prefill-1"),  # above the threshold of 0.3
+        (4, 0, 65, "prefill-0"),  # but out of balance: more than 64 requests above the least
+        (4, 140, 210, "prefill-1"),  # not if that is no more than 1.5 times as many
+        (4, 140, 211, "prefill-0"),
+        (3, 0, 64, "prefill-0"),  # not above it: the fewest requests
     ],
 )
-def test_cache_aware_follows_its_thresholds(cached: int, num_running: int, expected: str) -> None:
-    workers = (Worker("prefill-0"), Worker("prefill-1", cached, num_running), Worker("prefill-2", num_running=1))
+def test_cache_aware_follows_its_thresholds(cached: int, least: int, most: int, expected: str) -> None:
+    others = Worker("prefill-0", num_running=least), Worker("prefill-2", num_running=least + 1)
+    workers = (others[0], Worker("prefill-1", cached, most), others[1])
     assert chosen(CacheAware(), *workers, *DECODERS)[0] == expected
 
 
@@ -104,18 +84,49 @@ def test_cache_aware_sends_what_matches_nowhere_to_the_fewest_requests() -> None
     assert chosen(CacheAware(), *workers, *DECODERS)[0] == "prefill-1"
 
 
-def test_block_cost_counts_tokens_on_their_way_and_decodes_where_the_fewest_blocks_are_in_use() -> None:
-    """A queue of 10 ms stands for 100 tokens. 160 - 64 + 100 tokens against 160 - 0."""
-    workers = (Worker("prefill-0"), Worker("prefill-1", cached=4, queue_ms=10))
-    assert chosen(BlockCost(), *workers, *DECODERS) == ("prefill-0", "decode-0")
-    workers = (Worker("prefill-0"), Worker("prefill-1", cached=4, queue_ms=6))
-    assert chosen(BlockCost(), *workers, *DECODERS) == ("prefill-1", "decode-0")
+@pytest.mark.parametrize(("queue_ms", "expected"), [(6.47, "prefill-1"), (6.49, "prefill-0")])
+def test_block_cost_counts_tokens_on_their_way_and_decodes_where_the_fewest_blocks_are_in_use(
+    queue_ms: float, expected: str
+) -> None:
+    """64 cached tokens against as many in the queue: 6.4 ms, and their part of the 10 ms of a step of 8,192 tokens."""
+    workers = (Worker("prefill-0"), Worker("prefill-1", cached=4, queue_ms=queue_ms))
+    assert chosen(BlockCost(), *workers, *DECODERS) == (expected, "decode-0")
+
+
+@pytest.mark.parametrize(
+    ("scale", "num_more", "expected"),
+    [(1.0, 7, "decode-1"), (1.0, 9, "decode-0"), (2.0, 15, "decode-1"), (2.0, 17, "decode-0")],
+)
+def test_block_cost_of_one_pool_weighs_blocks_to_prefill_against_those_in_use(
+    scale: float, num_more: int, expected: str
+) -> None:
+    """8 of 10 blocks are cached where more are in use."""
+    workers = (Worker("decode-0"), Worker("decode-1", cached=8, num_free_blocks=1000 - num_more))
+    assert chosen(BlockCost(prefill_load_scale=scale), *workers) == (None, expected)
 
 
 def test_minimum_ttft_weighs_the_queue_against_what_is_cached() -> None:
     """64 cached tokens spare 6.4 ms."""
     assert chosen(MinimumTtft(), Worker("prefill-0"), Worker("prefill-1", 4, queue_ms=6), *DECODERS)[0] == "prefill-1"
     assert chosen(MinimumTtft(), Worker("prefill-0"), Worker("prefill-1", 4, queue_ms=7), *DECODERS)[0] == "prefill-0"
+
+
+@pytest.mark.parametrize(
+    ("base_s", "kv_token_s", "expected"),
+    [
+        (0.0128, 0.0, "decode-1"),
+        (0.0132, 0.0, "decode-0"),
+        (0.0110, 1e-5, "decode-1"),
+        (0.0112, 1e-5, "decode-0"),
+    ],
+)
+def test_minimum_ttft_decodes_where_a_step_takes_the_least_with_the_request(
+    base_s: float, kv_token_s: float, expected: str
+) -> None:
+    """14 ms with it as the fourth; there 1 ms for ten, and where KV has to be read, 1.92 ms for 32 tokens and 160."""
+    model = StepModel(base_s, 1e-4, 0.0, decode_s=1e-4, kv_token_s=kv_token_s)
+    here, there = Worker("decode-0", num_running=3), Worker("decode-1", num_running=9, num_free_blocks=998, model=model)
+    assert chosen(MinimumTtft(), Worker("prefill-0"), here, there) == ("prefill-0", expected)
 
 
 @pytest.mark.parametrize("policy", [PrefixOnly, CacheAware, BlockCost, MinimumTtft])

@@ -1,5 +1,6 @@
 """The bound against a brute-force twin, and against what the simulator reaches."""
 
+from dataclasses import replace
 from itertools import combinations
 from random import Random
 
@@ -15,8 +16,7 @@ from cluster.simulation.bound import (
 )
 from cluster.simulation.report import Slo
 from cluster.simulation.simulation import Simulation
-from tests.cluster.simulation.small import MODEL, make_setup, request, trace_of
-from tests.cluster.simulation.test_simulation import random_trace
+from tests.cluster.simulation.small import MODEL, make_setup, random_trace, request, trace_of
 
 
 def in_time(jobs: list[tuple[float, float]], speed: int, patience_s: float) -> bool:
@@ -56,6 +56,22 @@ def test_what_came_before_is_not_computed_again() -> None:
     first, second = prefill_work(parts, cost)
     assert first == pytest.approx(1100 * cost.token_s)
     assert second == pytest.approx(76 * cost.token_s)
+
+
+@pytest.mark.parametrize(("num_prompt", "contents"), [(1024, [1, 2]), (1100, [1, 2, 3])])
+def test_of_a_prompt_that_is_all_cached_the_last_token_is_computed(num_prompt: int, contents: list[int]) -> None:
+    parts = uncached_parts(trace_of(*(request(number, 0.0, num_prompt, 1, contents) for number in range(2))))
+    assert parts == [(num_prompt, 0), (1, num_prompt - 1)]
+
+
+def test_a_prompt_is_served_in_time_where_one_kind_of_worker_is_fast_enough() -> None:
+    """3,000 tokens in 3 steps take 0.33 s, in 12 steps 0.42 s."""
+    trace, setup = trace_of(request(0, 0.0, 3000, 1, [1, 2, 3, 4, 5, 6])), make_setup(max_batch_tokens=1024)
+    slow = make_setup(max_batch_tokens=256).pools[1]
+    mixed = replace(setup, pools=[setup.pools[0], slow])
+    assert [alone_seconds(3000, 0, pool) for pool in mixed.pools] == pytest.approx([0.33, 0.42])
+    assert goodput_bound(mixed, trace, 0, 1.0, 0.35) == 1.0
+    assert goodput_bound(mixed, trace, 0, 1.0, 0.35, roles=["decode"]) == 0.0
 
 
 def test_a_prompt_too_long_for_any_worker_is_not_served_in_time() -> None:

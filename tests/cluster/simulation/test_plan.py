@@ -1,18 +1,19 @@
 """The search of a plan, with profiles of straight lines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log
+from typing import Any
 
 import pytest
 
 from baton.plan_command import verdict
 from cluster.simulation.plan import NUM_DRAWS, PRECISION, Candidate, Planner, Rated
 from cluster.simulation.report import Report, Slo
-from cluster.simulation.simulation import Setup
+from cluster.simulation.router import Outcome
+from cluster.simulation.simulation import Setup, Simulation
 from engine.step_profile import DecodeStep, Measurements, PrefillStep, StepProfile
-from tests.cluster.simulation.small import make_setup
-from tests.cluster.simulation.test_simulation import random_trace
+from tests.cluster.simulation.small import make_setup, random_trace
 
 SLO = Slo(ttft_s=0.6, tpot_s=0.05)
 
@@ -69,6 +70,57 @@ def test_every_split_of_few_gpus_is_tried(sizes: Sequence[int], expected: set[tu
     assert {(each.candidate.num_prefill, each.candidate.num_decode) for each in rated} == expected
     assert all(each.candidate.gpus <= 3 for each in rated)
     assert [each.per_gpu for each in rated] == sorted((each.per_gpu for each in rated), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "best", "refined"),
+    [
+        (21, 10, [8, 10]),
+        (21, 8, [8, 10]),
+        (21, 0, [1]),
+        (21, 19, [17, 19]),
+        (9, 3, []),  # eight splits
+        (41, 13, [13, 17, 12, 14]),  # steps of 5, 2 and 1
+    ],
+)
+def test_of_many_splits_those_around_the_best_are_tried_too(
+    rated: list[Rated], monkeypatch: pytest.MonkeyPatch, num_gpus: int, best: int, refined: list[int]
+) -> None:
+    """Places of splits, which are the worse the further they are from the best."""
+    tried: list[int] = []
+    report = rated[0].report
+    assert report is not None
+
+    def rate(_: Planner, candidate: Candidate, draw: int = 0) -> Rated:
+        place = candidate.num_prefill - 1
+        if place >= 0 and not draw:
+            tried.append(place)
+        rate = (100.0 - abs(place - best)) * candidate.gpus
+        return Rated(candidate, 1.0, replace(report, goodput_per_s=rate))
+
+    monkeypatch.setattr(Planner, "rate", rate)
+    found = planner([]).search(num_gpus, [profile(1)])
+    coarse = list(range(0, num_gpus - 1, -(-(num_gpus - 1) // 8)))
+    assert tried == [*coarse, *refined]
+    assert found[0].candidate.num_prefill == best + 1
+
+
+@pytest.mark.parametrize(("attainment", "num_heard"), [(0.75, 26), (0.9, 11)])
+def test_a_run_stops_with_the_first_request_that_misses_beyond_what_may(
+    monkeypatch: pytest.MonkeyPatch, attainment: float, num_heard: int
+) -> None:
+    """Of 100, of which none is in time."""
+    heard: list[Outcome] = []
+
+    class Heard(Simulation):
+        def __init__(self, *args: Any, watch: Callable[[Outcome], bool], **options: Any) -> None:
+            super().__init__(*args, **options, watch=lambda outcome: heard.append(outcome) or watch(outcome))
+
+    monkeypatch.setattr("cluster.simulation.plan.Simulation", Heard)
+    never = Planner(setup, random_trace(7, num_requests=100), Slo(0.0, 0.0), attainment=attainment)
+    candidate = Candidate(1, 1, profile(1), profile(1))
+    assert never._try(candidate, setup(candidate), 1.0, 0) is None
+    assert len(heard) == num_heard
 
 
 def test_all_candidates_are_tried_at_rates_of_one_grid() -> None:

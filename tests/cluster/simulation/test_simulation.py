@@ -1,7 +1,6 @@
 """Small clusters whose times are worked out by hand, and what holds of every simulation."""
 
 from dataclasses import replace
-from random import Random
 
 import pytest
 
@@ -9,10 +8,19 @@ from cluster.simulation.bound import goodput_bound
 from cluster.simulation.report import Slo, make_report
 from cluster.simulation.router import Outcome
 from cluster.simulation.simulation import Result, Setup, Simulation
-from cluster.simulation.trace import Trace, TraceRequest
+from cluster.simulation.trace import Trace
 from cluster.simulation.transfer import TransferSpeed
 from router.policies import LeastLoaded, PrefixAware, RoundRobin
-from tests.cluster.simulation.small import KV_BYTES, LATENCY_S, NETWORK_S, make_setup, request, trace_of
+from tests.cluster.simulation.small import (
+    KV_BYTES,
+    LATENCY_S,
+    MODEL,
+    NETWORK_S,
+    make_setup,
+    random_trace,
+    request,
+    trace_of,
+)
 
 
 def run(setup: Setup, trace: Trace, **options: float) -> Result:
@@ -24,18 +32,6 @@ def run(setup: Setup, trace: Trace, **options: float) -> Result:
         assert worker.engine.kv.num_free == worker.engine.kv.num_blocks, worker.worker_id
     assert [each.number for each in result.outcomes] == [each.number for each in trace.requests]
     return result
-
-
-def random_trace(seed: int, num_requests: int = 120, seconds: float = 10.0) -> Trace:
-    """Conversations that share up to three blocks of the trace."""
-    random = Random(seed)
-    requests: list[TraceRequest] = []
-    for number, arrived in enumerate(sorted(random.uniform(0, seconds) for _ in range(num_requests))):
-        topic = random.randrange(6)
-        contents = [10 * topic + block for block in range(random.randrange(4))]
-        num_prompt = 512 * len(contents) + random.randrange(1, 700)
-        requests.append(request(number, arrived, num_prompt, random.randrange(1, 60), contents))
-    return trace_of(*requests)
 
 
 @pytest.mark.usefixtures("at_given_times")
@@ -60,11 +56,16 @@ def test_without_prefill_workers_the_decode_worker_does_it_all() -> None:
 
 
 @pytest.mark.usefixtures("at_given_times")
-def test_a_long_prompt_takes_several_steps_and_only_the_last_chunk_travels_after_the_next_to_last() -> None:
-    (outcome,) = run(make_setup(), trace_of(request(0, num_prompt=2000, num_output=2))).outcomes
-    assert outcome.ttft == pytest.approx(2 * NETWORK_S + 2 * 0.01 + 2000 * 1e-4)
-    # 1024 tokens in the first step, 976 in the second: a sixteenth of their bytes is left when it ends.
-    tail_s = 976 * KV_BYTES / 1e9 / 16 + LATENCY_S
+@pytest.mark.parametrize(("max_batch_tokens", "num_prompt", "num_last"), [(1024, 2000, 976), (100, 120, 120)])
+def test_a_long_prompt_takes_several_steps_and_what_fills_no_block_travels_with_the_last(
+    max_batch_tokens: int, num_prompt: int, num_last: int
+) -> None:
+    """Two steps: the first one's 1,024 tokens are 8 blocks, and of 100 there is none to send."""
+    setup = make_setup(max_batch_tokens=max_batch_tokens)
+    (outcome,) = run(setup, trace_of(request(0, num_prompt=num_prompt, num_output=2))).outcomes
+    assert outcome.ttft == pytest.approx(2 * NETWORK_S + 2 * 0.01 + num_prompt * 1e-4)
+    # A sixteenth of what travels with the last step is left when that ends.
+    tail_s = num_last * KV_BYTES / 1e9 / 16 + LATENCY_S
     assert outcome.tpot == pytest.approx(tail_s + 0.011)
 
 
@@ -130,6 +131,15 @@ def test_many_steps_at_a_time_take_the_time_of_one_after_the_other(
     assert times(list(together.outcomes)) == pytest.approx(times(list(single.outcomes)))
     assert together.num_steps == single.num_steps
     assert together.busy_s == pytest.approx(single.busy_s)
+
+
+@pytest.mark.usefixtures("at_given_times")
+def test_steps_together_read_the_kv_of_the_middle_one() -> None:
+    """An answer of 201 tokens after 100: 200 steps, which read 100 to 299 tokens, of 1 us each."""
+    pools = [replace(pool, seconds=replace(MODEL, kv_token_s=1e-6).seconds) for pool in make_setup().pools]
+    setup = replace(make_setup(num_prefill=0), pools=[replace(pools[0], num_workers=0), pools[1]])
+    (outcome,) = run(setup, trace_of(request(0, num_prompt=100, num_output=201))).outcomes
+    assert outcome.tpot == pytest.approx(0.011 + 199.5e-6, abs=0.5e-6)  # as many steps at a time may be even
 
 
 def test_more_workers_serve_more_in_time() -> None:

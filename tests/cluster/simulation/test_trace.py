@@ -41,6 +41,48 @@ def test_an_answer_that_nobody_repeats_is_like_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("others", "expected"),  # what prompts after one of 1,100 tokens and an answer of 40 share with both
+    [
+        pytest.param(
+            [(1700, [0, 1, 4, 5]), (1800, [0, 1, 6, 7])], [71, 64], id="the first one goes on from the answer"
+        ),
+        pytest.param([(1140, [0, 1, 4])], [71], id="if it is just long enough to have it"),
+        pytest.param([(1139, [0, 1, 4])], [64], id="but not one that is too short"),
+        pytest.param([(1200, [0, 4, 5])], [32], id="nor one that shares a block less"),
+    ],
+)
+def test_the_first_that_shares_all_full_blocks_and_is_long_enough_goes_on_from_an_answer(
+    tmp_path: Path, others: list[tuple[int, list[int]]], expected: list[int]
+) -> None:
+    path = tmp_path / "turns.jsonl"
+    line = '{{"timestamp": 0, "input_length": {}, "output_length": 40, "hash_ids": {}}}\n'
+    path.write_text("".join(line.format(*row) for row in [(1100, [0, 1, 2]), *others]))
+    first, *rest = (each.hashes(16) for each in load_trace(path).requests)
+    assert [shared(first, each) for each in rest] == expected
+
+
+def test_a_first_block_alone_makes_no_conversation(tmp_path: Path) -> None:
+    """All prompts of a trace may begin with it: of 700 tokens with an answer of 20, 32 blocks of 16 are shared."""
+    path = tmp_path / "trace.jsonl"
+    line = '{{"timestamp": 0, "input_length": {}, "output_length": 20, "hash_ids": {}}}\n'
+    path.write_text(line.format(700, [0, 3]) + line.format(1100, [0, 4, 5]))
+    first, second = load_trace(path).requests
+    assert shared(first.hashes(16), second.hashes(16)) == 32
+
+
+def test_requests_are_in_order_of_arrival_whatever_the_order_of_lines(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    line = '{{"timestamp": {}, "input_length": {}, "output_length": 1, "hash_ids": [1]}}\n'
+    path.write_text("".join(line.format(1000 * second, 100 + second) for second in (7, 3, 5)))
+    requests = load_trace(path).requests
+    assert [(each.number, each.arrived, each.num_prompt_tokens) for each in requests] == [
+        (0, 3.0, 103),
+        (1, 5.0, 105),
+        (2, 7.0, 107),
+    ]
+
+
+@pytest.mark.parametrize(
     "last_blocks",
     [
         pytest.param([3, 3], id="a partial block keeps its name in the next turn"),

@@ -3,17 +3,11 @@ import random
 import pytest
 
 from router.admission import Admission, AdmissionConfig
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.fakes import FakeClock
 
 
 def test_priority_then_arrival_and_a_retry_keeps_its_place():
-    queue = Admission(AdmissionConfig(), Clock())
+    queue = Admission(AdmissionConfig(), FakeClock(0.0))
     for entry, priority in (("a", 1), ("b", 0), ("c", 1), ("d", 0)):
         queue.add(entry, priority)
     assert [queue.take(), queue.take()] == ["b", "d"]
@@ -24,7 +18,7 @@ def test_priority_then_arrival_and_a_retry_keeps_its_place():
 
 
 def test_the_newest_is_refused_when_more_wait_than_may():
-    queue = Admission(AdmissionConfig(max_queue=1), Clock())
+    queue = Admission(AdmissionConfig(max_queue=1), FakeClock(0.0))
     queue.add("a", 0)
     assert queue.refuse_excess() is None
     queue.add("b", 0)
@@ -34,7 +28,7 @@ def test_the_newest_is_refused_when_more_wait_than_may():
 
 
 def test_filling_the_queue_keeps_nobody_out():
-    queue = Admission(AdmissionConfig(max_queue=3), Clock())
+    queue = Admission(AdmissionConfig(max_queue=3), FakeClock(0.0))
     for number in range(3):
         queue.add(f"flood {number}", 0, "flood")
     queue.add("late", 0, "late")
@@ -48,7 +42,7 @@ def test_filling_the_queue_keeps_nobody_out():
 
 
 def test_what_was_dispatched_once_is_not_refused():
-    queue = Admission(AdmissionConfig(max_queue=1), Clock())
+    queue = Admission(AdmissionConfig(max_queue=1), FakeClock(0.0))
     for entry in "abc":
         queue.add(entry, 0)
         queue.take()
@@ -61,7 +55,7 @@ def test_what_was_dispatched_once_is_not_refused():
 
 
 def test_as_many_run_as_may():
-    queue = Admission(AdmissionConfig(max_running=1), Clock())
+    queue = Admission(AdmissionConfig(max_running=1), FakeClock(0.0))
     queue.add("a", 0)
     queue.add("b", 0)
     queue.take()
@@ -71,7 +65,7 @@ def test_as_many_run_as_may():
 
 
 def test_retry_after_follows_the_recent_completion_rate():
-    clock = Clock()
+    clock = FakeClock(0.0)
     queue = Admission(AdmissionConfig(), clock)
     assert queue.retry_after() == 1.0
     for entry in range(10):
@@ -86,7 +80,7 @@ def test_retry_after_follows_the_recent_completion_rate():
 
 
 def test_retry_after_is_as_long_as_what_runs_has_taken_when_nothing_ends():
-    clock = Clock()
+    clock = FakeClock(0.0)
     queue = Admission(AdmissionConfig(), clock)
     clock.now += 100.0
     for entry in ("first", "second", "third"):
@@ -107,7 +101,7 @@ def test_retry_after_is_as_long_as_what_runs_has_taken_when_nothing_ends():
 @pytest.mark.parametrize("seed", range(3))
 def test_it_agrees_with_a_sorted_list(seed):
     rng = random.Random(seed)
-    queue = Admission(AdmissionConfig(max_running=5), Clock())
+    queue = Admission(AdmissionConfig(max_running=5), FakeClock(0.0))
     waiting: dict[int, tuple[int, int]] = {}
     running: dict[int, tuple[int, int]] = {}
     for entry in range(3000):

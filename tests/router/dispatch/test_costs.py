@@ -7,7 +7,7 @@ from router.cluster_view import Reservation
 from router.costs import PrefillLoad, decode_cost, prefill_cost
 from router.demand import Rate
 from router.policies import PrefixAware
-from tests.router.dispatch.test_policies import MODEL, choose, facts, view, worker
+from tests.router.dispatch.workers import MODEL, choose, facts, view, worker
 
 IDLE = PrefillLoad(0.0, 0.0)
 
@@ -74,6 +74,21 @@ def test_a_newcomer_pays_for_its_own_steps_and_for_those_of_others():
     assert answers == pytest.approx([100 * 0.051 + 40 * 0.001 * 500, 100 * 0.011], rel=1e-5)
 
 
+@pytest.mark.parametrize("num_steps", [100, 400])
+def test_every_token_of_kv_takes_its_part_of_a_step(num_steps):
+    """Of 20 sequences of 500 tokens, and half of the newcomer's answer; who has ended by then has not grown further."""
+    kv_s = 2.0**-20
+    heavy = dataclasses.replace(MODEL, kv_token_s=kv_s)
+    pool = view(worker("d0", model=heavy, num_seqs=20, num_free_blocks=375)).decode
+    after = num_steps * (0.01 + 20 * (0.001 + 500 * kv_s))
+    cost = decode_cost(1000, 100, np.zeros(1), pool, after, 200.0)
+    num_seqs = 20 * np.exp(-num_steps / 200)
+    growth = 0.001 + kv_s * (1000 + 100 / 2)
+    step = 0.01 + num_seqs * (0.001 + kv_s * (500 + min(num_steps, 200))) + growth
+    assert cost.step == pytest.approx([step], rel=1e-5)
+    assert cost.answers == pytest.approx([100 * step + num_seqs * growth * 200], rel=1e-5)
+
+
 def test_memory_that_is_not_free_by_then_is_waited_for():
     """500 tokens each of 20 sequences, of 16,000 in all."""
     pool = view(worker("d0", num_seqs=20, num_free_blocks=375)).decode
@@ -82,6 +97,9 @@ def test_memory_that_is_not_free_by_then_is_waited_for():
     freed_per_s = 20 * 500 / (100 * fits.step[0])
     others = 0.1 * 100 * fits.step[0] * 20 * 0.625 / 0.05  # a tenth more of the memory, of which nothing is left
     assert lacks.waits[0] - fits.waits[0] == pytest.approx(1600 / freed_per_s + others, rel=1e-5)
+    empty = view(worker("d0")).decode
+    too_much = decode_cost(1000, 100, np.array([3000.0]), empty, 0.0, 100.0)
+    assert too_much.waits == pytest.approx([16_000 * 100 * 0.011], rel=1e-5)  # more than all never comes back
 
 
 def test_memory_costs_others_the_more_the_fuller_it_is():

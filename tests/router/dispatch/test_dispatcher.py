@@ -221,6 +221,12 @@ async def test_a_request_goes_to_the_prefill_worker_that_holds_its_prefix(hit):
         stream = it.start()
         assert await collect(stream) == EXPECTED
         assert (stream.decisions[0].prefill, stream.decisions[0].hit_tokens) == (hit, 40)
+        await it.signal.until(lambda: it.known(hit)["num_waiting_tokens"] == 0)
+        it[hit].hooks["offer"] = fail_once(FakeError("lost", retryable=True))
+        again = it.start()
+        assert await collect(again) == EXPECTED
+        assert [decision.hit_tokens for decision in again.decisions] == [40, 0]
+        assert it.dispatcher.counters.predicted_hit_tokens == 40  # of the first: what a retry found says nothing
 
 
 async def test_closing_the_dispatcher_fails_what_runs_and_leaves_nothing_on_workers():

@@ -46,6 +46,25 @@ def test_nobody_saves_a_share_while_he_has_nothing_to_send():
     assert 48 <= taken.count("idle") <= 52
 
 
+def test_the_turn_of_a_tenant_whose_last_request_leaves_is_the_next_ones():
+    waiting = queue()
+    for tenant in "abc":
+        waiting.add(tenant, 0, tenant, QUANTUM)
+    waiting.release("a")
+    assert [waiting.take(), waiting.take()] == ["b", "c"]
+
+
+def test_what_leaves_a_queue_before_its_turn_takes_no_memory():
+    waiting = queue()
+    for number in range(1000):
+        waiting.add(str(number), 0)
+    for number in range(1, 1000):
+        waiting.release(str(number))
+    (line,) = waiting._queues[0]._lines.values()
+    assert len(line.heap) <= 2 + 64
+    assert waiting.take() == "0"
+
+
 def test_a_tenant_alone_is_served_first_come_first_whatever_the_sizes():
     rng, waiting = random.Random(0), queue()
     for number in range(200):

@@ -149,16 +149,27 @@ async def test_with_no_other_prefill_worker_a_failed_pull_ends_in_a_local_prefil
         assert stream.timeline.prefill_worker == ""
 
 
-async def test_attempts_are_bounded():
+async def test_attempts_are_bounded_and_come_ever_more_seldom(monkeypatch):
+    loop, delays = asyncio.get_running_loop(), []
+    call_later = loop.call_later
+
+    def at_once(delay, call, *args):
+        if call.__name__ != "_wait":
+            return call_later(delay, call, *args)
+        delays.append(delay)
+        return call_later(0.0, call, *args)
+
     async def refuse(_job: Job) -> None:
         raise FakeError("no", retryable=True)
 
     async with cluster(1, 1) as it:
+        monkeypatch.setattr(loop, "call_later", at_once)
         it["p0"].hooks["offer"] = it["d0"].hooks["token"] = refuse
         stream = it.start()
         with pytest.raises(GenerationFailed):
             await collect(stream)
         assert stream.timeline.attempts == 8
+        assert delays == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
         await it.until_quiet()
 
 

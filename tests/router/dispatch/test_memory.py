@@ -14,7 +14,7 @@ from engine.kv.events import KvEvent
 from router import affinity
 from router.admission import AdmissionConfig
 from router.placement import Placed, PlacementConfig
-from tests.router.dispatch.test_placement import BLOCK, Cluster, Prompt
+from tests.router.dispatch.workers import BLOCK, Cluster, Prompt
 
 NUM_LIVES = 3000
 NUM_WORKERS = 32  # at a time

@@ -1,8 +1,6 @@
 """Placement driven as the dispatcher and the simulator drive it, with workers that are a few numbers."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -11,99 +9,11 @@ from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.admission import AdmissionConfig
-from router.cluster_view import WorkerState
-from router.placement import Placed, Placement, PlacementConfig, Refused
-from router.policies import PrefixAware, RequestFacts
-
-BLOCK = 16
-MODEL = StepModel(base_s=0.004, prefill_token_s=1e-4, pair_s=0.0, decode_s=2e-4, kv_token_s=0.0)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass(eq=False)
-class Prompt:
-    facts_: RequestFacts
-    hashes_: Sequence[int] = ()
-    reusable: bool = True
-
-    def facts(self) -> RequestFacts:
-        return self.facts_
-
-    def hashes(self, _block_size: int) -> Sequence[int]:
-        return self.hashes_
-
-
-@dataclass
-class Cluster:
-    """`p..` prefill and `d..` decode workers that report what a test says."""
-
-    ids: Sequence[str]
-    config: PlacementConfig = field(default_factory=PlacementConfig)
-    policy: PrefixAware = field(default_factory=lambda: PrefixAware(local_prefill_max_tokens=64))
-    num_seqs: int = 256
-
-    def __post_init__(self) -> None:
-        self.clock = Clock()
-        self.placement: Placement[Prompt] = Placement(self.policy, self.config, self.clock)
-        self.states: dict[str, WorkerState] = {}
-        self.turn = self.handle = 0
-        for worker_id in self.ids:
-            self.attach(worker_id)
-            self.report(worker_id)
-
-    def attach(self, worker_id: str, hashes: Sequence[int] = ()) -> None:
-        described = pb.Description(
-            role="prefill" if worker_id[0] == "p" else "decode",
-            fingerprint="f",
-            block_size=BLOCK,
-            num_blocks=10_000,
-            max_model_len=100_000,
-            max_batch_tokens=8192,
-            max_num_seqs=self.num_seqs,
-        )
-        self.states[worker_id] = self.placement.attach(worker_id, described, hashes)
-
-    def report(self, worker_id: str, *, num_running: int = 0, queue_s: float = 0.0, draining: bool = False) -> None:
-        self.turn += 1
-        self.states[worker_id].report(
-            pb.Load(
-                num_running=num_running,
-                num_free_blocks=10_000 - 20 * num_running,
-                queue_us=round(queue_s * 1e6),
-                model=model_to_pb(MODEL),
-                draining=draining,
-                turn=self.turn,
-            )
-        )
-
-    def add(self, num_tokens: int = 1600, hashes: Sequence[int] = (), **facts) -> Prompt:
-        prompt = Prompt(RequestFacts(num_tokens, 200, arrived=self.clock.now, **facts), hashes)
-        self.placement.add(prompt)
-        return prompt
-
-    def pump(self) -> list[Placed[Prompt] | Refused[Prompt]]:
-        outcomes = []
-        for outcome in self.placement.pump():
-            outcomes.append(outcome)
-            if isinstance(outcome, Placed):
-                self.handle += 1
-                if outcome.prefill is not None:
-                    outcome.prefill.reserve(self.handle, outcome.on_prefill)
-                outcome.decode.reserve(self.handle, outcome.on_decode)
-        return outcomes
-
-    def place(self, *args, **facts) -> Placed[Prompt]:
-        prompt = self.add(*args, **facts)
-        (placed,) = self.pump()
-        assert isinstance(placed, Placed)
-        assert placed.candidate is prompt
-        return placed
+from router.affinity import Affinity, Turn
+from router.cluster_view import Reservation
+from router.placement import Placed, PlacementConfig, Refused
+from router.policies import RequestFacts
+from tests.router.dispatch.workers import BLOCK, FAST_MODEL, Cluster, Prompt
 
 
 def chain(first: int, num_tokens: int) -> list[int]:
@@ -175,6 +85,10 @@ def test_what_does_not_fit_in_the_queue_is_refused_newest_first():
     it.placement.put_back(first)  # more wait now than may, but nobody who was let in is refused
     it.placement.add(fifth := Prompt(RequestFacts(16, 1)))
     assert [each.candidate for each in it.pump()] == [first, fifth]
+    it.placement.put_back(first)
+    urgent = it.add(priority=-1)  # is placed, so it is not one more that waits
+    assert [each.candidate for each in it.pump()] == [urgent]
+    assert it.placement.waiting() == [second, third, first]
 
 
 def test_a_decision_never_waits_for_the_reports_of_many_workers():
@@ -204,7 +118,7 @@ def test_a_hot_prefix_is_computed_elsewhere_once_its_holder_is_the_bottleneck():
         worker_id = placed.decision.prefill
         assert worker_id is not None
         start = max(it.clock.now, busy_until[worker_id])
-        busy_until[worker_id] = start + MODEL.prefill_seconds(
+        busy_until[worker_id] = start + FAST_MODEL.prefill_seconds(
             placed.on_prefill.prefill_tokens, placed.on_prefill.prefill_past
         )
         waits.append(busy_until[worker_id] - it.clock.now)
@@ -249,13 +163,34 @@ def test_the_next_turn_of_a_session_goes_where_the_last_one_was_before_the_index
     assert second.decision.hit_tokens == 3200
     assert turn(4800, session="s", tenant="another").decision.hit_tokens == 0
     it.placement.release(first.candidate, 100)
-    it.placement.release(second.candidate, 161)
+    it.placement.release(second.candidate, 160)
     third = turn(6400, session="s")
     assert third.decision.hit_tokens == 4800
-    blocks_of_answer = 160 // BLOCK
+    blocks_of_answer = 159 // BLOCK  # its last token has no KV
     without = -(-(6400 + 200) // BLOCK)
     assert third.decision.decode == second.decision.decode
     assert third.on_decode.blocks == without - 4800 // BLOCK - blocks_of_answer
+
+
+def test_a_session_counts_no_less_than_the_index_knows_and_no_more_than_the_prompt_has():
+    it = Cluster(["p0", "d0"])
+    it.place(1600, chain(1, 1600), session="s")
+    it.placement.apply("p0", KvEvent(stored=tuple(chain(1, 3040))))  # another client's prompt
+    assert it.place(3200, chain(1, 3200), session="s").decision.hit_tokens == 3040
+    it = Cluster(["p0", "d0"])
+    first = it.place(1600, chain(1, 1600), session="s")
+    it.placement.release(first.candidate, 501)
+    again = it.place(1616, chain(1, 1616), session="s")
+    assert (again.decision.prefill, again.decision.hit_tokens) == (None, 1616)
+    assert again.on_decode.blocks == -(-(1616 + 200) // BLOCK) - 1616 // BLOCK
+
+
+def test_the_sessions_seen_last_are_known(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("router.affinity._MAX_SESSIONS", 2)
+    sessions, turn = Affinity(), Turn("p0", "d0", 1600, BLOCK, 100, 7)
+    for name in ("a", "b", "a", "c"):
+        sessions.placed(("", name), turn)
+    assert [sessions.last(("", name), 0.0) for name in "abc"] == [turn, None, turn]
 
 
 def test_a_session_that_paused_is_believed_to_be_where_the_index_says():
@@ -311,22 +246,53 @@ def test_prompts_that_cannot_reuse_blocks_have_no_hits(session):
 
 
 def test_sequences_of_other_routers_count_in_what_the_pool_is_asked():
-    """The delay to others that a request causes is the larger, the more of them come."""
+    """Work of 0.164 s comes every 2 s from this router: of ten like it, the pool would be busy for 0.82 of the time."""
 
-    def cost(num_running: int) -> float:
-        it = Cluster(["p0", "p1", "d0"])
-        for number in range(20):
-            it.clock.now = number * 0.1
-            it.place(1600)
-            it.report("p0")
-            it.report("p1")
-        for state in it.states.values():
-            for handle in range(1, it.handle + 1):
-                state.counted(handle)
-        it.report("d0", num_running=num_running)
-        return it.place(1600).decision.cost_s - it.place(1600, hashes=()).decision.ttft_s
+    def cost(num_own: int) -> float:
+        it = Cluster(["p0", "d0"])
+        for number in range(60):
+            it.clock.now = 2.0 * number
+            placed = it.place(1600)
+            it.states["p0"].counted(it.handle)
+            it.states["d0"].counted(it.handle)
+            if number >= num_own:
+                it.placement.release(placed.candidate)
+        it.report("d0", num_running=60)
+        return it.place(1600).decision.cost_s
 
-    assert cost(60) > cost(20)
+    assert cost(6) - cost(60) == pytest.approx(0.164 * (0.82 - 0.082), rel=0.05)
+
+
+@pytest.mark.parametrize(("ids", "expected"), [(["d0"], (False, True)), (["p0", "d0"], (True, False))])
+def test_a_prompt_is_asked_of_the_pool_that_computes_it(ids, expected):
+    it = Cluster(ids)
+    it.place()
+    demand = it.placement._table.demand
+    assert (demand.on_prefill.prompts_per_s(0.0) > 0, demand.on_decode.prompts_per_s(0.0) > 0) == expected
+
+
+def test_how_long_answers_are_is_learned_from_those_that_have_ended():
+    it = Cluster(["d0"])
+    for num_tokens in (None, *[10] * 400):
+        it.placement.release(it.place().candidate, num_tokens)
+        it.states["d0"].counted(it.handle)
+    assert it.placement._table.demand.mean_output == pytest.approx(10 + 246 * (127 / 128) ** 400)
+
+
+def test_a_worker_that_learns_its_speed_first_says_it_of_the_others():
+    it = Cluster(["d0"])
+    it.attach("p0")
+    it.attach("p1")
+    it.place()
+    it.report("p0")
+    it.place()
+    assert it.placement._table.prefill.prefill_token_s == pytest.approx([1e-4, 1e-4])
+
+
+def test_what_a_decode_worker_holds_is_not_pulled():
+    it = Cluster(["p0", "d0"])
+    it.placement.apply("d0", KvEvent(stored=tuple(chain(1, 800))))
+    assert it.place(1600, chain(1, 1600)).on_decode == Reservation(blocks=113 - 50, pull_tokens=800)
 
 
 @pytest.mark.parametrize("facts", [{"tenant": "late"}, {"priority": -1}])
@@ -352,7 +318,7 @@ def test_a_turn_that_ended_without_an_answer_is_not_taken_for_cached_for_ever():
 def test_a_model_that_cannot_be_is_not_believed(value):
     it = Cluster(["p0", "d0"])
     for number, field_name in enumerate(StepModel.__slots__):
-        model = model_to_pb(MODEL)
+        model = model_to_pb(FAST_MODEL)
         setattr(model, field_name, value)
         for worker_id in it.ids:
             it.states[worker_id].report(pb.Load(num_free_blocks=10_000, model=model, turn=100 + number))

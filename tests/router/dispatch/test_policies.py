@@ -8,76 +8,13 @@ import pytest
 from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
-from router.cluster_view import Reservation, WorkerState
-from router.policies import LeastLoaded, PrefixAware, RequestFacts, RoundRobin, RoutingDecision, RoutingPolicy
-from router.worker_table import WorkerTable
+from router.cluster_view import Reservation
+from router.policies import LeastLoaded, PrefixAware, RoundRobin
+from tests.router.dispatch.workers import MODEL, TOKEN_S, attached, choose, facts, view, worker
 
 # Longer prompts go to the prefill workers; where that is not what a test is about.
 PREFIX_AWARE = PrefixAware(local_prefill_max_tokens=64)
 POLICIES = [RoundRobin(), LeastLoaded(), PREFIX_AWARE]
-TOKEN_S = 0.001
-MODEL = StepModel(base_s=0.01, prefill_token_s=TOKEN_S, pair_s=0.0, decode_s=TOKEN_S, kv_token_s=0.0)
-
-
-def worker(
-    worker_id: str,
-    *,
-    fingerprint: str = "f",
-    num_seqs: int = 0,
-    num_free_blocks: int = 1000,
-    model: StepModel | None = MODEL,
-    queue_s: float = 0.0,
-    num_waiting_tokens: int = 0,
-    transfer_token_s: float = 0.0,
-    num_pull_tokens: int = 0,
-    max_model_len: int = 100_000,
-    max_batch_tokens: int = 8192,
-) -> WorkerState:
-    description = pb.Description(
-        role="prefill" if worker_id.startswith("p") else "decode",
-        fingerprint=fingerprint,
-        block_size=16,
-        num_blocks=1000,
-        max_model_len=max_model_len,
-        max_batch_tokens=max_batch_tokens,
-        max_num_seqs=64,
-    )
-    state = WorkerState(worker_id, description, 1.5, set())
-    state.report(
-        pb.Load(
-            num_running=num_seqs,
-            num_free_blocks=num_free_blocks,
-            queue_us=round(queue_s * 1e6),
-            num_waiting_tokens=num_waiting_tokens,
-            transfer_token_s=transfer_token_s,
-            num_pull_tokens=num_pull_tokens,
-            model=None if model is None else model_to_pb(model),
-        )
-    )
-    return state
-
-
-def view(*workers: WorkerState) -> WorkerTable:
-    table = WorkerTable()
-    for slot, state in enumerate(workers):
-        table.add(state, slot)
-    table.refresh()
-    return table
-
-
-def choose(
-    policy: RoutingPolicy, facts: RequestFacts, hits: dict[str, int], table: WorkerTable, turn: int = 0
-) -> RoutingDecision | None:
-    table.turn = turn
-    by_slot = np.zeros(len(table.prefill) + len(table.decode), np.intp)
-    for pool in (table.prefill, table.decode):
-        for position in range(len(pool)):
-            by_slot[pool.rows[position]] = hits.get(pool.worker_id(position), 0)
-    return policy.choose(facts, by_slot, table)
-
-
-def facts(num_tokens: int = 1000, **changes) -> RequestFacts:
-    return RequestFacts(**{"num_tokens": num_tokens, "max_new_tokens": 100, **changes})
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -105,7 +42,9 @@ def test_blocks_already_on_the_decode_worker_need_no_room():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_empty_worker_gets_even_what_it_may_lack_memory_for(policy):
-    assert choose(policy, facts(99_999), {}, view(worker("d0"))).decode == "d0"
+    decision = choose(policy, facts(99_999), {}, view(worker("d0")))
+    assert decision.decode == "d0"
+    assert decision.cost_s < np.inf
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -193,13 +132,14 @@ def test_a_newcomer_goes_where_it_delays_the_decoding_least():
         assert choose(PREFIX_AWARE, facts(), {}, view(worker("p0"), few, worker("d1", num_seqs=40))).decode == "d0"
 
 
+def test_memory_in_use_counts_as_the_sequences_it_would_hold():
+    """800 of 1,000 blocks are those of 51 of 64 sequences."""
+    table = view(worker("d0", num_seqs=3, num_free_blocks=200), worker("d1", num_seqs=5, num_free_blocks=950))
+    assert choose(LeastLoaded(), facts(), {}, table).decode == "d1"
+
+
 def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
-    state = WorkerState(
-        "p0",
-        pb.Description(role="prefill", block_size=16, num_blocks=100, max_batch_tokens=8192, max_num_seqs=4),
-        1.5,
-        set(),
-    )
+    state = attached("p0")
 
     def queue() -> tuple[StepModel | None, float, int]:
         return state.model, state.row().queue_s, state.row().num_waiting_tokens
@@ -352,6 +292,22 @@ def test_a_transfer_hides_behind_prefill_and_the_queue_of_a_link_behind_that_for
     assert pick(900, cached=960) == "d1"  # with nothing to hide behind
 
 
+def test_what_a_transfer_does_not_hide_behind_costs_as_long():
+    """It begins when the prefill worker's queue of 1.5 s is empty, and takes 2 s, of which 1.01 s are computed."""
+    table = view(worker("p0", queue_s=1.5), worker("d0", num_seqs=1, transfer_token_s=2 * TOKEN_S))
+    decision = choose(PREFIX_AWARE, facts(), {}, table)
+    assert decision.ttft_s == pytest.approx(2.51, rel=1e-6)
+    route_s = 2.51 + 64 * TOKEN_S + (1.5 + 2.0 - 2.51) + 0.1 * 2.0
+    num_seqs = np.exp(-2.51 / 0.011 / 256)  # of the other one, by the end of prefill
+    step_s = 0.01 + (num_seqs + 1) * 0.001
+    answers_s = 100 * step_s + num_seqs * 0.001 * 256
+    assert decision.cost_s == pytest.approx(route_s + 0.4 * (step_s / 0.05) * answers_s, rel=1e-6)
+
+
+def test_a_worker_that_has_pulled_nothing_is_taken_to_need_a_tenth_of_the_time_to_compute_a_token():
+    assert view(worker("d0")).decode.transfer_token_s[0] == pytest.approx(0.1 * TOKEN_S, rel=1e-6)
+
+
 def test_tokens_to_pull_count_from_the_decision_on():
     state = worker("d0", transfer_token_s=0.25, num_pull_tokens=8)
     assert view(state).decode.pull_wait_s[0] == 2.0
@@ -362,26 +318,7 @@ def test_tokens_to_pull_count_from_the_decision_on():
 
 
 def test_a_burst_between_two_reports_spreads_over_the_workers():
-    states = [
-        WorkerState(
-            each,
-            pb.Description(
-                role=role,
-                fingerprint="f",
-                block_size=16,
-                num_blocks=1000,
-                max_model_len=100_000,
-                max_batch_tokens=8192,
-                max_num_seqs=64,
-            ),
-            1.5,
-            set(),
-        )
-        for role, ids in (("prefill", ("p0", "p1")), ("decode", ("d0", "d1")))
-        for each in ids
-    ]
-    for state in states:
-        state.report(pb.Load(num_free_blocks=1000))
+    states = [worker(each, model=None) for each in ("p0", "p1", "d0", "d1")]
     by_id = {state.worker_id: state for state in states}
     chosen = []
     for turn in range(8):
@@ -393,12 +330,7 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
 
 
 def test_a_reservation_counts_until_the_workers_own_report_covers_it():
-    state = WorkerState(
-        "d0",
-        pb.Description(role="decode", block_size=16, num_blocks=100, max_batch_tokens=8192, max_num_seqs=4),
-        1.5,
-        set(),
-    )
+    state = attached("d0")
     turns = itertools.count(1)
 
     def report(turn: int | None = None) -> None:
@@ -418,13 +350,19 @@ def test_a_reservation_counts_until_the_workers_own_report_covers_it():
     state.reserve(2, Reservation(blocks=10))
     state.counted(2)
     state.counted(2)
-    assert (state.row().num_seqs, state.row().seq_limit) == (0, 6)
+    assert state.row().num_seqs == 0
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "seqs_per_slot", "expected"), [(4, 1.5, 6), (3, 1.5, 4), (1, 1.5, 1), (1, 0.5, 1)]
+)
+def test_a_worker_may_always_hold_one_sequence_and_never_a_part_of_one(max_num_seqs, seqs_per_slot, expected):
+    state = attached("d0", seqs_per_slot=seqs_per_slot, max_num_seqs=max_num_seqs)
+    assert state.row().seq_limit == expected
 
 
 @pytest.mark.parametrize(("role", "expected"), [("decode", 12), ("prefill", 5)])
 def test_pulls_count_as_sequences_of_a_decode_worker_and_leases_not_of_a_prefill_worker(role, expected):
-    state = WorkerState(
-        "w", pb.Description(role=role, block_size=16, num_blocks=100, max_batch_tokens=8192, max_num_seqs=4), 1.5, set()
-    )
+    state = attached("w", role=role)
     state.report(pb.Load(num_running=3, num_waiting=2, num_handoffs=7))
     assert state.row().num_seqs == expected

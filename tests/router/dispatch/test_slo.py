@@ -5,14 +5,10 @@ from collections import deque
 
 import pytest
 
-from engine.step_model import StepModel
 from router.cluster_view import Reservation
 from router.policies import PrefixAware, Reject, RequestFacts, RoutingDecision
 from router.worker_table import WorkerTable
-from tests.router.dispatch.test_policies import choose, facts, view, worker
-
-# A prompt of 1,000 tokens takes 1 s, a step 10 ms and 1 ms for each sequence.
-MODEL = StepModel(base_s=0.01, prefill_token_s=0.001, pair_s=0.0, decode_s=0.001, kv_token_s=0.0)
+from tests.router.dispatch.workers import MODEL, choose, facts, view, worker
 
 
 def outcome(table: WorkerTable, now: float = 0.0, **changes) -> RoutingDecision | Reject | None:
@@ -40,6 +36,9 @@ def test_a_prompt_that_a_decode_worker_can_prefill_in_time_is_not_rejected():
     table = view(worker("p0", queue_s=9.0), worker("d0"))
     assert outcome(table, num_tokens=50, ttft_s=0.5).prefill is None
     assert isinstance(outcome(table, num_tokens=500, ttft_s=0.6), Reject)
+    busy = view(worker("p0", queue_s=9.0), worker("d0", num_seqs=1))  # any prompt may be prefilled here: 0.51 s
+    assert isinstance(choose(PrefixAware(), facts(500, ttft_s=0.4), {}, busy), Reject)
+    assert choose(PrefixAware(), facts(500, ttft_s=0.6), {}, busy).prefill is None
 
 
 @pytest.mark.parametrize("limits", [{"ttft_s": 0.5}, {"tpot_s": 0.001}])
@@ -63,6 +62,9 @@ def test_sequences_that_end_before_prefill_does_make_room():
     assert isinstance(outcome(table, tpot_s=0.04), Reject)
     table.demand.mean_output = 100.0
     assert outcome(table, tpot_s=0.04).decode == "d0"
+    alone = view(worker("d0", num_seqs=60))  # prefills it at once: until then nobody ends
+    alone.demand.mean_output = 100.0
+    assert isinstance(outcome(alone, tpot_s=0.04), Reject)
 
 
 def test_without_room_a_request_waits_until_it_cannot_be_in_time():
@@ -105,10 +107,10 @@ def decoding_over_time(rule: Naive | Predicting) -> list[int]:
             decoding.append(rng.expovariate(1 / 1000))
         step = MODEL.base_s + MODEL.decode_s * len(decoding)
         decoding = [left - 0.1 / step for left in decoding if left > 0.1 / step]
-        decode = worker("d0", num_seqs=len(decoding), model=MODEL)
+        decode = worker("d0", num_seqs=len(decoding))
         for number in range(len(on_their_way)):
             decode.reserve(number, Reservation(blocks=1))
-        table = view(decode, worker("p0", model=MODEL))
+        table = view(decode, worker("p0"))
         table.demand.mean_output = 1000.0
         if rule.admits(table, asked):
             on_their_way.append(now + 10.0)

@@ -292,7 +292,7 @@ async def test_metrics_count_what_happened_under_both_names(tokenizer: Tokenizer
         during = await scrape(server)
         stream = server.generator.streams[1]
         stream.timeline.transfer_bytes, stream.timeline.transfer_s, stream.timeline.exposed_s = 1 << 20, 0.25, 0.01
-        stream.timeline.transport = "cuda_ipc"
+        stream.timeline.transport, stream.timeline.queued_s = "cuda_ipc", 0.25
         gate.set()
         await call
         await server.get("/nothing")
@@ -303,6 +303,7 @@ async def test_metrics_count_what_happened_under_both_names(tokenizer: Tokenizer
         assert after[f"{prefix}time_to_first_token_seconds_count"] == 2
         assert after[f"{prefix}inter_token_latency_seconds_count"] == 2 * (len(ids) - 1)
         assert after[f"{prefix}e2e_request_latency_seconds_count"] == 2
+        assert after[f"{prefix}request_queue_time_seconds_sum"] == 0.5 + (0.5 + 0.25)  # in the router and on a worker
         assert after[f"{prefix}request_success_total|length"] == 2
         assert after[f"{prefix}generation_tokens_total"] == 2 * len(ids)
         assert after[f"{prefix}prompt_tokens_total"] == 1 + len(tokenizer.encode("x y"))

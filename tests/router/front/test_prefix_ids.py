@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from baton.demo_model import demo_model
-from router.prefix_ids import MIN_CHARS, PrefixIds
+from router.prefix_ids import MAX_LOOKS, MIN_CHARS, PrefixIds
 from router.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = ["the ", "river", " is", "\n", "  wide", "é", "<|", "|>", "42", ""]
@@ -43,11 +43,19 @@ def test_owners_share_nothing(tokenizer: Tokenizer) -> None:
     assert found == [False, False, True]
 
 
-def test_what_is_kept_is_bounded_and_the_oldest_goes_first(tokenizer: Tokenizer) -> None:
+def test_as_many_cuts_are_looked_at_as_turns_of_a_chat_may_add(tokenizer: Tokenizer) -> None:
+    prefixes, cut = PrefixIds(tokenizer), next(iter(tokenizer.cut_tokens))
+    text = "x" * MIN_CHARS + cut
+    through(prefixes, tokenizer, text)
+    found = [bool(prefixes.find("", text + num_more * ("y" + cut))[0]) for num_more in (MAX_LOOKS - 1, MAX_LOOKS)]
+    assert found == [True, False]
+
+
+def test_what_is_kept_is_bounded_and_the_least_recently_used_goes_first(tokenizer: Tokenizer) -> None:
     prefixes, cut = PrefixIds(tokenizer, max_chars=3 * MIN_CHARS), next(iter(tokenizer.cut_tokens))
     texts = [f"{name} " + "x" * MIN_CHARS + cut for name in "abc"]
-    for text in texts:
-        through(prefixes, tokenizer, text)
-    assert [bool(prefixes.find("", text)[0]) for text in texts] == [False, True, True]
+    for number, known in ((0, False), (1, False), (1, True), (0, True), (0, True), (2, False)):
+        assert (through(prefixes, tokenizer, texts[number])[1] > 0) == known
+    assert [bool(prefixes.find("", text)[0]) for text in texts] == [True, False, True]
     through(prefixes, tokenizer, "y" * 4 * MIN_CHARS + cut)
     assert not prefixes.find("", "y" * 4 * MIN_CHARS + cut)[0]
