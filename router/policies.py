@@ -103,7 +103,7 @@ class RoundRobin:
         if not len(decoders):
             return None
         decode = int(decoders[table.turn % len(decoders)])
-        partners = np.flatnonzero(_partners(facts, decode, table))
+        partners = np.flatnonzero(partners(facts, decode, table))
         prefill = int(partners[table.turn % len(partners)]) if len(partners) else None
         return decision(prefill, decode, hits, table, "round robin")
 
@@ -117,7 +117,7 @@ class LeastLoaded:
         if not decoders.any():
             return None
         decode = cheapest(np.where(decoders, table.decode.occupancy, np.inf), table.turn)
-        partners = _partners(facts, decode, table)
+        partners = partners(facts, decode, table)
         queues = np.where(partners, table.prefill.wait_s, np.inf)
         prefill = cheapest(queues, table.turn) if partners.any() else None
         return decision(prefill, decode, hits, table, "least loaded")
@@ -327,7 +327,7 @@ def with_room(facts: RequestFacts, hits: Ints, pool: Pool) -> Bools:
     return _with_room(facts, _blocks_needed(facts, hits[pool.rows], pool), pool)
 
 
-def _partners(facts: RequestFacts, decode: int, table: WorkerTable) -> Bools:
+def partners(facts: RequestFacts, decode: int, table: WorkerTable) -> Bools:
     """Prefill workers to pair `decode` with. Those that just failed are left out even when there is no other:
     the decode worker can prefill by itself, which does not depend on what failed."""
     pool = table.prefill

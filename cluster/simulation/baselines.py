@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.costs import PrefillLoad, cheapest, prefill_cost
-from router.policies import RequestFacts, RoutingDecision, decision, with_room
+from router.policies import RequestFacts, RoutingDecision, decision, partners, with_room
 from router.worker_table import Floats, Ints, Pool, WorkerTable
 
 
@@ -28,11 +28,12 @@ def _place(
     if not able.any():
         return None
     if pool is decode_pool:
-        decode = prefill = cheapest(np.where(able, prefill_costs + decode_costs, np.inf), table.turn)
-    else:
-        decode = cheapest(np.where(able, decode_costs, np.inf), table.turn)
-        prefill = cheapest(prefill_costs, table.turn)
-    return decision(None if pool is decode_pool else prefill, decode, hits, table, reason)
+        decode = cheapest(np.where(able, prefill_costs + decode_costs, np.inf), table.turn)
+        return decision(None, decode, hits, table, reason)
+    decode = cheapest(np.where(able, decode_costs, np.inf), table.turn)
+    there = partners(facts, decode, table)
+    prefill = cheapest(np.where(there, prefill_costs, np.inf), table.turn) if there.any() else None
+    return decision(prefill, decode, hits, table, reason)
 
 
 @dataclass(frozen=True, slots=True)
