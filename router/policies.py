@@ -103,8 +103,8 @@ class RoundRobin:
         if not len(decoders):
             return None
         decode = int(decoders[table.turn % len(decoders)])
-        partners = np.flatnonzero(partners(facts, decode, table))
-        prefill = int(partners[table.turn % len(partners)]) if len(partners) else None
+        there = np.flatnonzero(partners(facts, decode, table))
+        prefill = int(there[table.turn % len(there)]) if len(there) else None
         return decision(prefill, decode, hits, table, "round robin")
 
 
@@ -117,9 +117,9 @@ class LeastLoaded:
         if not decoders.any():
             return None
         decode = cheapest(np.where(decoders, table.decode.occupancy, np.inf), table.turn)
-        partners = partners(facts, decode, table)
-        queues = np.where(partners, table.prefill.wait_s, np.inf)
-        prefill = cheapest(queues, table.turn) if partners.any() else None
+        there = partners(facts, decode, table)
+        queues = np.where(there, table.prefill.wait_s, np.inf)
+        prefill = cheapest(queues, table.turn) if there.any() else None
         return decision(prefill, decode, hits, table, "least loaded")
 
 
@@ -331,8 +331,8 @@ def partners(facts: RequestFacts, decode: int, table: WorkerTable) -> Bools:
     """Prefill workers to pair `decode` with. Those that just failed are left out even when there is no other:
     the decode worker can prefill by itself, which does not depend on what failed."""
     pool = table.prefill
-    partners: Bools = pool.fingerprint == table.decode.fingerprint[decode]
+    able: Bools = pool.fingerprint == table.decode.fingerprint[decode]
     holding = pool.holding(facts.num_tokens)
     if holding is not None:
-        partners &= holding
-    return partners & ~pool.among(facts.excluded) if facts.excluded else partners
+        able &= holding
+    return able & ~pool.among(facts.excluded) if facts.excluded else able
