@@ -86,7 +86,6 @@ class WorkerLoop(Generic[C]):
         self._turn = 0
         self._progress = 0
         self._step_began = 0.0
-        self._last_step_s = 0.0
         self._works: deque[StepWork] = deque()  # of the steps in flight
         self._calibration = Calibration()
         self._model: StepModel | None = None
@@ -191,9 +190,9 @@ class WorkerLoop(Generic[C]):
         for token in tokens:
             self.clients.say_token(token)
             self._role.token(token, now)
-        self._last_step_s = now - self._step_began
+        step_s = now - self._step_began
         self._step_began = now
-        self._calibration.observe(self._works.popleft(), self._last_step_s)
+        self._calibration.observe(self._works.popleft(), step_s)
         if now >= self._next_fit:
             self._model, self._next_fit = self._calibration.fit(), now + CALIBRATION_S
 
@@ -210,7 +209,6 @@ class WorkerLoop(Generic[C]):
     def _measure(self) -> pb.Load:
         load = load_to_pb(self.engine.load(), self._model)
         load.progress = self._progress
-        load.last_step_us = round(self._last_step_s * 1e6)
         load.draining = self._draining
         load.turn = self._turn
         load.num_cached_blocks = self.engine.kv.num_cached

@@ -52,8 +52,6 @@ def describe(
         max_model_len=engine.max_len,
         max_num_seqs=scheduler.max_num_seqs,
         max_batch_tokens=scheduler.max_batch_tokens,
-        vocab_size=executor.vocab_size,
-        kv_bytes_per_token=executor.layout.block_bytes // executor.layout.block_size,
     )
 
 

@@ -65,10 +65,6 @@ class StepModel:
             + self.kv_token_s * work.kv_tokens
         )
 
-    def prefill_seconds(self, num_tokens: int, past: int) -> float:
-        """To compute `num_tokens` of a prompt after `past` cached ones, in one step."""
-        return self.base_s + self.prefill_token_s * num_tokens + self.pair_s * num_pairs(num_tokens, past)
-
 
 class Calibration:
     """Least squares with forgetting, of relative errors, so that short steps count as much as long ones and a pause

@@ -25,7 +25,7 @@ _MAX_RETRY_AFTER_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class AdmissionConfig:
-    max_queue: int = 2048  # waiting requests; the next one is refused
+    max_queue: int = 1024  # waiting requests; the next one is refused
     max_running: int | None = None  # requests that workers have of this router at once; None: as many as they take
 
 

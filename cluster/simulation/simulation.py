@@ -221,7 +221,6 @@ class Simulation:
             max_model_len=pool.max_len,
             max_num_seqs=pool.scheduler.max_num_seqs,
             max_batch_tokens=pool.scheduler.max_batch_tokens,
-            kv_bytes_per_token=setup.kv_bytes_per_token,
         )
 
     def _deliver(self, frame: Frame[Handoff]) -> None:

@@ -198,7 +198,6 @@ class SimulatedWorker(Generic[H]):
     def load(self) -> pb.Load:
         """As a frame reports it."""
         load = load_to_pb(self.engine.load(), self._model.model)
-        load.last_step_us = round(self._last_step_s * 1e6)
         load.turn = self._turn
         self._behaviour.add_load(load)
         return load

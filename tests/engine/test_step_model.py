@@ -13,6 +13,10 @@ def random_work(rng: random.Random) -> StepWork:
     return StepWork(tokens, num_pairs(tokens, rng.randrange(0, 30_000)), decodes, decodes * rng.randrange(50, 8000))
 
 
+def prompt(num_tokens: int, past: int) -> StepWork:
+    return StepWork(num_tokens, num_pairs(num_tokens, past))
+
+
 def test_pairs_are_those_of_a_causal_mask() -> None:
     for num_tokens in range(1, 6):
         for past in range(5):
@@ -47,7 +51,7 @@ def test_a_pause_of_the_process_changes_little() -> None:
     for _ in range(40):
         model = calibration.fit()
     assert model is not None
-    assert model.prefill_seconds(4000, 8000) == pytest.approx(TRUTH.prefill_seconds(4000, 8000), rel=0.05)
+    assert model.seconds(prompt(4000, 8000)) == pytest.approx(TRUTH.seconds(prompt(4000, 8000)), rel=0.05)
 
 
 def test_a_fit_follows_a_worker_that_has_become_slower() -> None:
@@ -60,7 +64,7 @@ def test_a_fit_follows_a_worker_that_has_become_slower() -> None:
         for _ in range(40):
             model = calibration.fit()
         assert model is not None
-        assert model.prefill_seconds(4000, 0) == pytest.approx(factor * TRUTH.prefill_seconds(4000, 0), rel=0.1)
+        assert model.seconds(prompt(4000, 0)) == pytest.approx(factor * TRUTH.seconds(prompt(4000, 0)), rel=0.1)
 
 
 def test_nothing_is_said_of_a_worker_that_has_hardly_run_and_nothing_negative_of_a_strange_one() -> None:

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from engine.step_model import StepWork, num_pairs
 from router.cluster_view import Reservation
 from router.costs import PrefillLoad, decode_cost, prefill_cost
 from router.demand import Rate
@@ -16,7 +17,7 @@ def test_work_is_what_the_workers_model_says_of_the_rest_of_the_prompt():
     attentive = dataclasses.replace(MODEL, pair_s=2.0**-20)
     pool = view(worker("p0", model=attentive), worker("p1", model=attentive, queue_s=2.0)).prefill
     cost = prefill_cost(1000, np.array([1000, 200]), pool, IDLE)
-    expected = [attentive.prefill_seconds(1000, 0), attentive.prefill_seconds(200, 800)]
+    expected = [attentive.seconds(StepWork(num, num_pairs(num, past))) for num, past in ((1000, 0), (200, 800))]
     assert cost.work == pytest.approx(expected, rel=1e-6)
     assert cost.first == pytest.approx([expected[0], 2.0 + expected[1]], rel=1e-6)
     assert cost.others.tolist() == [0.0, 0.0]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from engine.kv.events import KvEvent
-from engine.step_model import StepModel
+from engine.step_model import StepModel, StepWork, num_pairs
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.admission import AdmissionConfig
@@ -118,9 +118,9 @@ def test_a_hot_prefix_is_computed_elsewhere_once_its_holder_is_the_bottleneck():
         worker_id = placed.decision.prefill
         assert worker_id is not None
         start = max(it.clock.now, busy_until[worker_id])
-        busy_until[worker_id] = start + FAST_MODEL.prefill_seconds(
-            placed.on_prefill.prefill_tokens, placed.on_prefill.prefill_past
-        )
+        work = placed.on_prefill
+        pairs = num_pairs(work.prefill_tokens, work.prefill_past)
+        busy_until[worker_id] = start + FAST_MODEL.seconds(StepWork(work.prefill_tokens, pairs))
         waits.append(busy_until[worker_id] - it.clock.now)
         it.placement.apply(worker_id, KvEvent(stored=tuple(prefix + own)))
         for state in it.states.values():
