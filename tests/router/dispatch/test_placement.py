@@ -323,3 +323,43 @@ def test_a_model_that_cannot_be_is_not_believed(value):
         for worker_id in it.ids:
             it.states[worker_id].report(pb.Load(num_free_blocks=10_000, model=model, turn=100 + number))
         assert it.place().decision.cost_s > 0.0
+
+
+def test_a_prompt_that_waits_for_a_large_worker_keeps_no_small_one_idle_and_its_own_is_kept_for_it():
+    it = Cluster([], num_seqs=4)  # a worker holds six, four of them running
+    for worker_id, max_model_len in (("large", 100_000), ("small", 4_000)):
+        it.attach(f"d-{worker_id}", max_model_len=max_model_len)
+        it.report(f"d-{worker_id}", num_running=6 if worker_id == "large" else 0)
+    large = [it.add(50_000, tenant="a") for _ in range(2)]
+    short = [it.add(100, tenant=tenant) for tenant in "ab" for _ in range(4)]
+    assert [(each.decision.decode, each.candidate) for each in it.pump()] == [
+        ("d-small", short[index])
+        for index in (4, 5, 6, 7, 0, 1)  # a has paid for its long ones
+    ]
+    assert it.placement.num_waiting == 4
+    it.report("d-large", num_running=5)
+    assert [(each.decision.decode, each.candidate) for each in it.pump()] == [("d-large", large[0])]
+    it.report("d-large", num_running=4)  # room for one more, and the second of them waits
+    assert [(each.decision.decode, each.candidate) for each in it.pump()] == [("d-large", large[1])]
+    it.report("d-large", num_running=2)
+    assert {each.candidate for each in it.pump()} == {short[2], short[3]}
+    assert it.placement.num_waiting == 0
+
+
+def test_what_was_set_aside_may_leave_and_waits_in_line_where_all_workers_are_large():
+    it = Cluster([], num_seqs=4)
+    for worker_id, max_model_len in (("d0", 100_000), ("d1", 4_000)):
+        it.attach(worker_id, max_model_len=max_model_len)
+        it.report(worker_id, num_running=6)
+    gone, large, short = it.add(50_000), it.add(50_000), it.add(100)
+    assert list(it.pump()) == []
+    it.placement.release(gone)
+    assert it.placement.waiting() == [large, short]
+    it.placement.detach("d1")
+    it.attach("d1", max_model_len=100_000)
+    it.report("d1", num_running=6)
+    assert list(it.pump()) == []
+    it.report("d1", num_running=5)
+    assert [(each.decision.decode, each.candidate) for each in it.pump()] == [("d1", large)]
+    it.report("d1", num_running=4)
+    assert [each.candidate for each in it.pump()] == [short]
