@@ -2,8 +2,7 @@
 
 Owned by the placement. An entry is either waiting (added, not yet taken or discarded) or running (taken, not yet
 released). The order is priority, then turns of the tenants, then first arrival; an entry put back after a failed
-attempt keeps its arrival, so it goes ahead of its tenant's younger ones, and it is never refused. One set aside waits
-on, no more in anybody's way, and is not refused either: its tenant has paid.
+attempt keeps its arrival, so it goes ahead of its tenant's younger ones, and it is never refused.
 """
 
 import itertools
@@ -38,7 +37,6 @@ class Admission(Generic[T]):
         self._queues: dict[int, FairQueue[T]] = {}  # by priority; none is empty
         self._waiting: dict[T, tuple[int, Place[T]]] = {}  # with its priority
         self._running: dict[T, tuple[int, Place[T]]] = {}
-        self._aside: dict[T, None] = {}  # of those that wait, in order
         self._completions: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._busy_since = 0.0  # meaningful while anything runs
 
@@ -72,28 +70,21 @@ class Admission(Generic[T]):
         return None
 
     def head(self) -> T | None:
-        """The entry to dispatch next; None when nobody waits in the queue or as many run as may."""
-        return self._queues[min(self._queues)].head().entry if self._queues and self._may_run() else None
+        """The entry to dispatch next; None when nobody waits or as many run as may."""
+        most = self._config.max_running
+        if not self._queues or (most is not None and len(self._running) >= most):
+            return None
+        return self._queues[min(self._queues)].head().entry
 
-    def first_aside(self) -> T | None:
-        """The entry that was set aside first; None also when as many run as may."""
-        return next(iter(self._aside), None) if self._may_run() else None
-
-    def set_aside(self) -> None:
-        """Take the head out of the queue; it waits on."""
-        self._aside[self._take_head()] = None
-
-    def take(self, aside: T | None = None) -> T:
-        """Move the head, or one that was set `aside`, from waiting to running."""
-        if aside is None:
-            entry = self._take_head()
-        else:
-            entry = aside
-            del self._aside[entry]
+    def take(self) -> T:
+        """Move the head from waiting to running."""
+        priority = min(self._queues)
+        place = self._queues[priority].take()
+        self._drop_if_empty(priority)
         if not self._running:
             self._busy_since = self._clock()
-        self._running[entry] = self._waiting.pop(entry)
-        return entry
+        self._running[place.entry] = self._waiting.pop(place.entry)
+        return place.entry
 
     def put_back(self, entry: T) -> None:
         """A running entry waits again, where it stood; its tenant has been charged, and it is not refused."""
@@ -109,11 +100,8 @@ class Admission(Generic[T]):
         waited = self._waiting.pop(entry, None)
         if waited is not None:
             priority, place = waited
-            if entry in self._aside:
-                del self._aside[entry]
-            else:
-                self._queues[priority].remove(place)
-                self._drop_if_empty(priority)
+            self._queues[priority].remove(place)
+            self._drop_if_empty(priority)
             known = True
         return known
 
@@ -127,16 +115,6 @@ class Admission(Generic[T]):
         else:  # what runs has kept everybody waiting for so long already
             estimate = now - self._busy_since if self._running else 0.0
         return min(_MAX_RETRY_AFTER_S, max(_MIN_RETRY_AFTER_S, estimate))
-
-    def _may_run(self) -> bool:
-        most = self._config.max_running
-        return most is None or len(self._running) < most
-
-    def _take_head(self) -> T:
-        priority = min(self._queues)
-        place = self._queues[priority].take()
-        self._drop_if_empty(priority)
-        return place.entry
 
     def _push(self, priority: int, place: Place[T]) -> None:
         self._waiting[place.entry] = (priority, place)

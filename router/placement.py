@@ -164,24 +164,12 @@ class Placement(Generic[C]):
             self._table.demand.ended(num_output_tokens)
 
     def pump(self) -> Iterator[Placed[C] | Refused[C]]:
-        """All that can be decided now: first come first, until one finds no room. Reserve before taking the next.
-
-        One for which some decode workers are too small is set aside then: they take others, and those which can hold it
-        are kept for the first of such.
-        """
-        while (candidate := self._queue.first_aside()) is not None:
-            outcome = self._decide(candidate, aside=candidate)
+        """All that can be decided now: first come first, until one finds no room. Reserve before taking the next."""
+        while (candidate := self._queue.head()) is not None:
+            outcome = self._decide(candidate)
             if outcome is None:
                 break
             yield outcome
-        while (candidate := self._queue.head()) is not None:
-            outcome = self._decide(candidate)
-            if outcome is not None:
-                yield outcome
-            elif len(decode := self._table.decode) and decode.holding(candidate.facts().num_tokens) is not None:
-                self._queue.set_aside()
-            else:
-                break
         fresh, self._fresh = self._fresh, []
         for candidate in filter(self._queue.waits, fresh):
             too_long = self._too_long(candidate, candidate.facts())
@@ -193,8 +181,7 @@ class Placement(Generic[C]):
                 break
             yield Refused(refused, "too many requests are waiting", self._queue.retry_after())
 
-    def _decide(self, candidate: C, aside: C | None = None) -> Placed[C] | Refused[C] | None:
-        """`aside`: the candidate, where that has been set aside."""
+    def _decide(self, candidate: C) -> Placed[C] | Refused[C] | None:
         table = self._table
         table.refresh()
         if not len(table.decode):
@@ -206,8 +193,6 @@ class Placement(Generic[C]):
         too_long = self._too_long(candidate, facts)
         if too_long is not None:
             return too_long
-        first = None if aside is not None else self._queue.first_aside()
-        table.decode.kept = None if first is None else table.decode.max_len > first.facts().num_tokens
         hits = self._hits(candidate, facts)
         decision = self._policy.choose(facts, hits, table)
         if decision is None:
@@ -216,7 +201,7 @@ class Placement(Generic[C]):
         if isinstance(decision, Reject):
             self._queue.release(candidate)
             return Refused(candidate, decision.reason, self._queue.retry_after())
-        self._queue.take(aside)
+        self._queue.take()
         self._note(candidate, facts, decision)
         decode = self._states[decision.decode]
         block_size = decode.description.block_size

@@ -305,8 +305,6 @@ def _with_room(facts: RequestFacts, needed: Floats, pool: Pool) -> Bools:
     holding = pool.holding(facts.num_tokens)
     if holding is not None:
         able &= holding
-    if pool.kept is not None:
-        able &= ~pool.kept
     if facts.excluded:
         rest: Bools = able & ~pool.among(facts.excluded)
         return rest if rest.any() else able

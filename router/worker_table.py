@@ -80,7 +80,6 @@ class Pool(_Columns):
         max_lens = [state.description.max_model_len for state in states]
         self.max_len: Ints = np.array(max_lens, np.intp)  # tokens of a sequence, prompt and output
         self.least_max_len, self.most_max_len = min(max_lens, default=0), max(max_lens, default=0)
-        self.kept: Bools | None = None  # by position: for somebody else than the one to decide
         self.batch_tokens: Floats = np.array([state.description.max_batch_tokens for state in states], np.float64)
         self._columns: Floats = np.empty((len(_Columns.__annotations__), len(states)))
         for name, column in zip(_Columns.__annotations__, self._columns, strict=True):

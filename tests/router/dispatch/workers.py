@@ -116,9 +116,8 @@ class Cluster:
             self.attach(worker_id)
             self.report(worker_id)
 
-    def attach(self, worker_id: str, hashes: Sequence[int] = (), **fields: Any) -> None:
-        """`fields` of its description."""
-        description = described(worker_id, num_blocks=10_000, max_num_seqs=self.num_seqs, **fields)
+    def attach(self, worker_id: str, hashes: Sequence[int] = ()) -> None:
+        description = described(worker_id, num_blocks=10_000, max_num_seqs=self.num_seqs)
         self.states[worker_id] = self.placement.attach(worker_id, description, hashes)
 
     def report(self, worker_id: str, *, num_running: int = 0, queue_s: float = 0.0, draining: bool = False) -> None:
