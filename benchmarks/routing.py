@@ -42,7 +42,7 @@ BATON_NO_LOCAL = "prefix_aware-local"
 RULES = ("round_robin", "least_loaded", "prefix_only", "sglang", "dynamo", "mooncake", BATON_NO_LOCAL, BATON, BATON_SLO)
 BOUND = "bound"
 LINK_LATENCY_S = 0.0002
-COLUMNS = ("goodput", "seeds", "TTFT p50", "p90", "p99 s", "TPOT p50", "p99 ms", "hits", "refused", "retried")
+COLUMNS = ("goodput", "seeds", "TTFT p50", "p90", "p99 s", "TPOT p50", "p99 ms", "hits", "busy", "refused", "retried")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +159,17 @@ def row(reports: Sequence[dict[str, Any]]) -> Iterable[str]:
     ):
         yield f"{statistics.mean(report[name][percentile] for report in reports) * unit:.2f}"
     yield f"{statistics.mean(report['hit_rate'] for report in reports):.1%}"
+    yield f"{statistics.mean(map(_busy, reports)):.0%}"
     requests = sum(report["requests"] for report in reports)
     yield f"{sum(sum(report['rejects'].values()) for report in reports) / requests:.1%}"
     yield f"{sum(report['retried'] for report in reports) / requests:.1%}"
+
+
+def _busy(report: dict[str, Any]) -> float:
+    """The part of their time that prefill workers compute; of all workers where they are one pool."""
+    pools = report["pools"]
+    busy: float = pools.get("prefill", pools["decode"])["busy_share"]
+    return busy
 
 
 def replicas(base: Case, counts: Sequence[int], seeds: Sequence[int], processes: int) -> list[dict[str, Any]]:
@@ -179,7 +187,7 @@ def replicas(base: Case, counts: Sequence[int], seeds: Sequence[int], processes:
 def sizes(base: Case, totals: Sequence[int]) -> list[dict[str, Any]]:
     """One after the other, as decisions are timed. The load per worker is the same for all sizes."""
     table = Table(title=f"{base.trace.stem}: decisions by the number of workers, half of them prefill")
-    for heading in ("workers", "decision p50", "p90", "p99 us", "goodput", "hits", "times real time"):
+    for heading in ("workers", "decision p50", "p90", "p99 us", "requests/s", "goodput", "hits", "times real time"):
         table.add_column(heading, justify="right", no_wrap=True)
     found = []
     scale = base.rate_scale / (base.num_prefill + base.num_decode)
@@ -189,6 +197,7 @@ def sizes(base: Case, totals: Sequence[int]) -> list[dict[str, Any]]:
         table.add_row(
             str(total),
             *(f"{spent[each]:.0f}" for each in ("p50", "p90", "p99")),
+            f"{report['requests'] / report['arrivals_s']:.0f}",
             f"{report['goodput']:.1%}",
             f"{report['hit_rate']:.1%}",
             f"{report['speed_up']:.1f}",
