@@ -141,7 +141,8 @@ class _Events(_Watch):
         tail = self._tail
         if tail is None:
             tail = b',"usage":' + _encode(usage(self._job.choices, self._job.num_hidden))
-        return self._exchange.write_events(self._format.event(piece, tail))
+        last = piece.finish_reason is not None and all(choice.finish_reason for choice in self._job.choices)
+        return self._exchange.write_events(self._format.event(piece, tail), last=last)
 
     def lone(self, choice: Choice) -> LoneTokens | None:
         if self._tail is None or self._format.extras:

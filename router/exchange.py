@@ -142,8 +142,13 @@ class Exchange:
             await self._linger()
             await self.end_events(b"")
 
-    def write_events(self, events: bytes) -> bool:
-        """Send server-sent events, beginning a stream of them. False: wait for `flush` before the next ones."""
+    def write_events(self, events: bytes, *, last: bool = False) -> bool:
+        """Send server-sent events, beginning a stream of them. False: wait for `flush` before the next ones.
+
+        `last`: they go out with those that end the stream, which follow at once.
+        """
+        if last:
+            self._writing = False
         if self._writing and events and not self._unsent:
             self._batch.add(self)
         self._unsent += events

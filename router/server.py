@@ -25,6 +25,7 @@ from router.exchange import CONNECTION
 log = logging.getLogger(__name__)
 
 _CHUNK_HEADS = tuple(b"%x\r\n" % size for size in range(1024))  # by size; an event of one token has some 200 bytes
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # no answer's head
 FRAMING_FACTOR = 8  # bytes on the wire that one byte of a chunked body may cost
 MAX_AHEAD_BYTES = 64 * 1024  # of requests that a client sends before it has the answer to the last one
 
@@ -123,6 +124,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.scope["extensions"] = {CONNECTION: self._client}  # type: ignore[dict-item]
         is_next = self._running is None or self._running.response_complete
         super().on_headers_complete()
+        if self.scope["method"] != "HEAD":  # whose body is never written
+            self.cycle.transport = _HeldHead(self.transport)  # type: ignore[assignment]
         if is_next:
             self._running = self.cycle
 
@@ -204,6 +207,32 @@ class BoundedProtocol(HttpToolsProtocol):
         # A pipelined request may have taken over meanwhile; its own answer starts the timer anew.
         if self.transport.is_closing() or self.cycle is None or self.cycle.response_complete:
             self.transport.abort()  # closing would wait until the client has read the last answer
+
+
+class _HeldHead:
+    """The transport as uvicorn's cycle uses it: an answer's head waits for the first part of its body, as a write of
+    each wakes the client, and costs more than all else that a token of the answer takes."""
+
+    __slots__ = ("_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None  # empty: it is out
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and data != _CONTINUE:
+            self._head = data
+        else:
+            self._transport.write(self._head + data if self._head else data)
+            self._head = self._head and b""
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        if self._head:
+            self.write(b"")
+        self._transport.close()
 
 
 class DescriptorWatch:

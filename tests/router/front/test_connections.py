@@ -3,7 +3,8 @@
 import asyncio
 import json
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
@@ -35,6 +36,92 @@ def protocols(monkeypatch: pytest.MonkeyPatch) -> list[BoundedProtocol]:
 
     monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
     return seen
+
+
+class Recorded:
+    """A transport that keeps what is written to it."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[bytes]]:
+    """What the server has written to its last connection."""
+    made = BoundedProtocol.connection_made
+    seen: list[Recorded] = []
+
+    def connection_made(self: BoundedProtocol, transport: asyncio.Transport) -> None:
+        seen.append(Recorded(transport))
+        made(self, cast(asyncio.Transport, seen[-1]))
+
+    monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
+    return lambda: seen[-1].writes
+
+
+async def test_a_stream_is_written_once_for_each_token(tokenizer: Tokenizer, writes: Callable[[], list[bytes]]) -> None:
+    gates = [asyncio.Event() for _ in range(3)]
+    script = [step for gate in gates for step in (gate, Delta([5], []))]
+    script[-1] = Delta([5], [], FinishReason.STOP)
+    async with running(tokenizer, lambda _request: script) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(completion(b"Connection: close\r\n", stream=True))
+        for number, gate in enumerate(gates, 1):
+            gate.set()
+            await until(lambda number=number: len(writes()) == number)
+        _, _, body = await read_answer(reader)
+        writer.close()
+    assert all(b"data: {" in each for each in writes())
+    assert writes()[0].startswith(b"HTTP/1.1 200")
+    assert writes()[2].endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert b"".join(writes()).count(b"data: {") == body.count(b"data: {") == 3
+
+
+async def test_the_last_events_of_several_choices_are_all_written(
+    tokenizer: Tokenizer, writes: Callable[[], list[bytes]]
+) -> None:
+    gate = asyncio.Event()
+    last = Delta([5], [], FinishReason.STOP)
+    scripts = iter([[Delta([5], []), last], [gate, last]])
+    async with running(tokenizer, lambda _request: next(scripts)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(completion(b"Connection: close\r\n", stream=True, n=2))
+        await until(lambda: any(b'"finish_reason":"stop"' in each for each in writes()))  # does not wait for the other
+        gate.set()
+        _, _, body = await read_answer(reader)
+        writer.close()
+    assert body.count(b'"finish_reason":"stop"') == 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (LIVE, [b"HTTP/1.1 200 OK"]),
+        (LIVE.replace(b"GET", b"HEAD"), [b"HTTP/1.1 200 OK"]),
+        (LIVE.replace(b"live", b"nothing"), [b"HTTP/1.1 404 Not Found"]),
+        (completion(), [b"HTTP/1.1 200 OK"]),
+        (completion(b"Expect: 100-continue\r\n"), [b"HTTP/1.1 100 Continue", b"HTTP/1.1 200 OK"]),
+    ],
+)
+async def test_a_whole_answer_is_one_write(
+    tokenizer: Tokenizer, writes: Callable[[], list[bytes]], request_: bytes, expected: list[bytes]
+) -> None:
+    async with running(tokenizer, lambda _request: [Delta([5], [], FinishReason.STOP)]) as server:
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request_)
+            for _ in expected:
+                await reader.readuntil(b"\r\n\r\n")
+            writer.close()
+    assert [each.partition(b"\r\n")[0] for each in writes()] == expected
 
 
 @pytest.mark.parametrize("ahead", [LIVE, LIVE[:9], completion(prompt="x" * 70_000), LIVE * 9000])
