@@ -7,7 +7,6 @@ needs it, for reports come far more often than decisions.
 """
 
 import math
-from dataclasses import astuple
 from typing import NamedTuple
 
 import msgspec
@@ -73,7 +72,8 @@ class WorkerState:
         self._seq_limit = max(1, int(description.max_num_seqs * seqs_per_slot))
         self._pending: dict[int, _Pending] = {}
         self._closed = False
-        self.model: StepModel | None = None  # how long its steps take; None: it has not run enough of them
+        self._model: StepModel | None = None
+        self._modelled: pb.Load | None = None  # the report that `_model` has been taken from
         self._said_model: pb.StepModel | None = None
         self._dirty = dirty
 
@@ -87,6 +87,18 @@ class WorkerState:
         if closed != self._closed:
             self._closed = closed
             self._dirty.add(self)
+
+    @property
+    def model(self) -> StepModel | None:
+        """How long its steps take; None: it has not run enough of them."""
+        load = self.load
+        if load is not self._modelled:
+            self._modelled = load
+            if load.HasField("model") and load.model != self._said_model:
+                self._said_model = load.model
+                model = model_from_pb(load.model)
+                self._model = model if _can_be(model) else self._model
+        return self._model
 
     @property
     def usable(self) -> bool:
@@ -120,14 +132,9 @@ class WorkerState:
 
     def report(self, load: pb.Load) -> None:
         """Heartbeats of one long step say the same again and count no request that came meanwhile."""
-        new_turn = load.turn != self.load.turn
-        self.load = load
-        if load.HasField("model") and load.model != self._said_model:
-            self._said_model = load.model
-            model = model_from_pb(load.model)
-            self.model = model if _can_be(model) else self.model
+        last, self.load = self.load, load
         self._dirty.add(self)
-        if self._pending and new_turn:
+        if self._pending and load.turn != last.turn:
             for handle, pending in list(self._pending.items()):
                 if pending.reports_seen >= 0:
                     pending.reports_seen += 1
@@ -166,5 +173,5 @@ class WorkerState:
 
 def _can_be(model: StepModel) -> bool:
     """One coefficient that is no number would make every cost of the pool none."""
-    coefficients = astuple(model)
+    coefficients = (model.base_s, model.prefill_token_s, model.pair_s, model.decode_s, model.kv_token_s)
     return min(coefficients) >= 0.0 and math.isfinite(sum(coefficients))

@@ -190,9 +190,8 @@ class Dispatcher:
                 yield worker_id, session.index_lag.last_s, session.state.load.num_cached_blocks - indexed
 
     def session_reported(self, session: WorkerSession) -> None:
-        self._placement.reported()
         # Once for all the frames that have come together: a decision takes longer than most frames.
-        if self._placement.num_waiting and session.member.role == DECODE and not self._will_pump:
+        if self._placement.reported() and session.member.role == DECODE and not self._will_pump:
             self._will_pump = True
             asyncio.get_running_loop().call_soon(self._pump_for_reports)
 

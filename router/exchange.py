@@ -50,10 +50,12 @@ class WriteBatch:
 
     def __init__(self) -> None:
         self._exchanges: list[Exchange] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def add(self, exchange: "Exchange") -> None:
         if not self._exchanges:
-            asyncio.get_running_loop().call_soon(self._write)
+            self._loop = self._loop or asyncio.get_running_loop()
+            self._loop.call_soon(self._write)
         self._exchanges.append(exchange)
 
     def _write(self) -> None:

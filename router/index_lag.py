@@ -21,7 +21,9 @@ class IndexLag:
         if now >= self._window_ends:
             self._apart_before, self._apart = self._apart, float("inf")
             self._window_ends = now + WINDOW_S
-        self._apart = min(self._apart, now - sent)
+        apart = now - sent
+        if apart < self._apart:
+            self._apart = apart
 
     def applied(self, happened: float, now: float) -> float:
         """The lag of events that happened then, by the worker's clock, and count since `now`. After `frame_came`."""

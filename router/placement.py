@@ -139,10 +139,12 @@ class Placement(Generic[C]):
         # A slice, as one of a message's fields is a list, which is read in half the time.
         self._index.apply(self._slots[worker_id], event.stored[:], event.removed[:])
 
-    def reported(self) -> None:
-        """A worker has. What several report is taken in before a decision has to wait for all of it."""
+    def reported(self) -> bool:
+        """A worker has; whether somebody waits, whom that may help. What several report is taken in before a decision
+        has to wait for all of it."""
         if len(self._table.dirty) >= _MAX_DIRTY:
             self._table.refresh()
+        return self._queue.num_waiting > 0
 
     def add(self, candidate: C) -> None:
         facts = candidate.facts()

@@ -242,6 +242,7 @@ class WorkerSession:
         self.index_lag = IndexLag()
         self._progressed_at = self._clock()
         self.state = self._listener.session_attached(self, frame)
+        self._update_state()
         self._receive(frame)
 
     def _receive(self, frame: pb.Frame) -> None:
@@ -255,7 +256,6 @@ class WorkerSession:
         load = frame.load
         state.report(load)
         self._check_progress(load.progress, load.num_running > 0)
-        self._update_state()
         if frame.kv_events:
             if frame.kv_event_number != self._next_event:
                 raise WorkerLost(f"KV event {self._next_event} is missing, {frame.kv_event_number} came")
@@ -289,7 +289,10 @@ class WorkerSession:
         """Progress, not liveness, is health. A stalled worker stays unusable, even attached anew, until it moves."""
         now = self.last_frame_at
         if progress != self._progress or not running:
-            self._progress, self._progressed_at, self._stalled = progress, now, False
+            self._progress, self._progressed_at = progress, now
+            if self._stalled:
+                self._stalled = False
+                self._update_state()
         elif not self._stalled and now - self._progressed_at > self._config.stall_s:
             self._stalled = True
             raise WorkerLost(f"it runs requests and made no progress for {self._config.stall_s} s")

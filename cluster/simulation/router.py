@@ -153,8 +153,7 @@ class SimulatedRouter:
             if said.client.router == self._number and said.client.handle in self._flights:
                 state.counted(said.client.handle)
                 self._hear(self._flights[said.client.handle], said)
-        self._placement.reported()
-        if self._placement.num_waiting and state.description.role == DECODE:
+        if self._placement.reported() and state.description.role == DECODE:
             self._pump()
 
     def _pump(self) -> None:
