@@ -19,7 +19,7 @@ from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, WorkerState
 from router.placement import Placed, Placement, PlacementConfig
 from router.policies import PrefixAware, RequestFacts
-from router.worker_table import Ints, WorkerTable
+from router.worker_table import Floats, WorkerTable
 
 BLOCK_SIZE = 16
 PREFIX_BLOCKS = 400
@@ -36,7 +36,7 @@ class TimedPolicy:
         self.policy = PrefixAware()
         self.seconds: list[float] = []
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> object:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> object:
         start = time.thread_time()
         decision = self.policy.choose(facts, hits, table)
         self.seconds.append(time.thread_time() - start)

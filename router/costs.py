@@ -6,7 +6,7 @@ Tokens become seconds by each worker's own model of its steps.
 import msgspec
 import numpy as np
 
-from router.worker_table import Bools, Floats, Ints, Pool
+from router.worker_table import Bools, Floats, Pool
 
 # How far a queue is taken to be from never emptying, at least; else one second of work would seem to delay all others.
 _MIN_SLACK = 0.1
@@ -42,7 +42,7 @@ class DecodeCost(msgspec.Struct, frozen=True, gc=False):
     waits: Floats
 
 
-def prefill_cost(num_tokens: int, uncached: Ints, pool: Pool, load: PrefillLoad) -> PrefillCost:
+def prefill_cost(num_tokens: int, uncached: Floats, pool: Pool, load: PrefillLoad) -> PrefillCost:
     """A second of work has one price for the whole pool, and it rises as the pool fills up. It takes the place of
     other work in the part of the time that workers are busy. Where even the shortest queue is not empty, each request
     that comes before it would be waits longer by the work; what comes meanwhile stretches that time (a busy period).

@@ -18,7 +18,7 @@ from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation, WorkerState
 from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
-from router.worker_table import Ints, WorkerTable
+from router.worker_table import Floats, WorkerTable
 
 _MAX_DIRTY = 16  # workers whose reports wait for a decision, which saves work where reports come more often
 
@@ -238,9 +238,9 @@ class Placement(Generic[C]):
                 self._turns[candidate] = turn
                 self._affinity.placed((facts.tenant, facts.session), turn)
 
-    def _hits(self, candidate: C, facts: RequestFacts) -> Ints:
+    def _hits(self, candidate: C, facts: RequestFacts) -> Floats:
         """Tokens of the request each worker is believed to hold. Workers with other block sizes hash otherwise."""
-        hits: Ints = np.zeros(self._index.num_slots, np.intp)
+        hits: Floats = np.zeros(self._index.num_slots)
         if self._policy.uses_hits and candidate.reusable:
             for block_size in self._table.block_sizes:
                 for num_blocks, mask in self._index.match(candidate.hashes(block_size)):
@@ -249,7 +249,7 @@ class Placement(Generic[C]):
                 self._count_session(candidate, facts, hits)
         return hits
 
-    def _count_session(self, candidate: C, facts: RequestFacts, hits: Ints) -> None:
+    def _count_session(self, candidate: C, facts: RequestFacts, hits: Floats) -> None:
         turn = self._affinity.last((facts.tenant, facts.session), self._table.now)
         if turn is None:
             return
@@ -261,7 +261,7 @@ class Placement(Generic[C]):
             if slot is not None:
                 block_size = self._states[worker_id].description.block_size
                 num_blocks = min(num_tokens, facts.num_tokens) // block_size
-                hits[slot] = max(int(hits[slot]), num_blocks * block_size)
+                hits[slot] = max(hits[slot], num_blocks * block_size)
 
     def _open_slot(self, state: WorkerState) -> None:
         slot = self._slots[state.worker_id] = self._index.open()

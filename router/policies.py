@@ -16,7 +16,7 @@ import numpy as np
 
 from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, delayed_by_decoding, prefill_cost
 from router.demand import PrefillDemand
-from router.worker_table import Bools, Floats, Ints, Pool, WorkerTable
+from router.worker_table import Bools, Floats, Pool, WorkerTable
 
 # Output tokens for which a decode worker must have room before it gets a request. Reserving all of max_tokens
 # would leave most memory idle, since most answers end early; a worker preempts when the guess was too low.
@@ -89,7 +89,7 @@ class RoutingPolicy(Protocol):
         """Whether hashing the prompt is worth the time."""
         ...
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | Reject | None:
         """`hits`: tokens of cached prefix, by slot of the index. None: the request waits."""
         ...
 
@@ -98,7 +98,7 @@ class RoutingPolicy(Protocol):
 class RoundRobin:
     uses_hits: bool = False
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         decoders = np.flatnonzero(with_room(facts, hits, table.decode))
         if not len(decoders):
             return None
@@ -112,7 +112,7 @@ class RoundRobin:
 class LeastLoaded:
     uses_hits: bool = False
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         decoders = with_room(facts, hits, table.decode)
         if not decoders.any():
             return None
@@ -136,7 +136,7 @@ class PrefixAware:
     tpot_s: float = TPOT_S
     uses_hits: bool = True
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | Reject | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | Reject | None:
         pool = table.decode
         hits_here = hits[pool.rows]
         needed = _blocks_needed(facts, hits_here, pool)
@@ -169,24 +169,25 @@ class PrefixAware:
         price: Floats = np.minimum(2.0 * self.answer_price, (2.0 * self.answer_price / self.tpot_s) * step)
         return price
 
-    def _routes(self, facts: RequestFacts, hits: Ints, hits_here: Ints, table: WorkerTable) -> "_Routes":
+    def _routes(self, facts: RequestFacts, hits: Floats, hits_here: Floats, table: WorkerTable) -> "_Routes":
         """To each decode worker, the best way to have the prompt computed."""
         pool, num_tokens = table.decode, facts.num_tokens
         left = np.inf if facts.ttft_s is None else facts.ttft_s - (table.now - facts.arrived)
         routers = _num_routers(table)
         handoffs = _handoffs(facts, hits, left, routers, table)
-        # A column for each fingerprint, or for each decode worker.
-        columns: Floats = np.array([handoff.numbers for handoff in handoffs]).T
-        paired: Bools = np.array([handoff.paired for handoff in handoffs])
+        # Numbers where there is one fingerprint, else arrays by decode worker.
+        numbers: Sequence[float | Floats] = handoffs[0].numbers
+        paired: bool | Bools = handoffs[0].paired
         if len(handoffs) > 1:
-            columns, paired = columns[:, pool.fingerprint], paired[pool.fingerprint]
-        seconds, first, wait, setup = columns
-        uncached = np.maximum(1, num_tokens - hits_here)
+            numbers = tuple(np.array([handoff.numbers for handoff in handoffs]).T[:, pool.fingerprint])
+            paired = np.array([handoff.paired for handoff in handoffs])[pool.fingerprint]
+        delayed, first, wait, setup = numbers
+        uncached = np.maximum(1.0, num_tokens - hits_here)
         transfer = uncached * pool.transfer_token_s
         exposed = np.maximum(0.0, np.maximum(pool.pull_wait_s, wait) + transfer - first)
-        seconds = seconds + setup + exposed + LINK_PRICE * transfer
+        seconds: Floats = delayed + setup + exposed + LINK_PRICE * transfer
         most = self.local_prefill_max_tokens
-        local: Bools | None = None if most is None else ~paired | (uncached <= most)
+        local: Bools | None = None if most is None else np.logical_not(paired) | (uncached <= most)
         if local is not None and not np.count_nonzero(local):
             return _Routes(seconds, first, handoffs, None, None)
         cost = prefill_cost(num_tokens, uncached, pool, _load(table.demand.on_decode, pool, routers, table.now))
@@ -214,13 +215,13 @@ class _Handoff(NamedTuple):
     numbers: tuple[float, float, float, float] = (np.inf, np.inf, 0.0, 0.0)
 
 
-def _handoffs(facts: RequestFacts, hits: Ints, left: float, routers: float, table: WorkerTable) -> list[_Handoff]:
+def _handoffs(facts: RequestFacts, hits: Floats, left: float, routers: float, table: WorkerTable) -> list[_Handoff]:
     """By fingerprint."""
     pool = table.prefill
     if not len(pool):
         return [_Handoff(paired=False)] * table.num_fingerprints
     load = _load(table.demand.on_prefill, pool, routers, table.now)
-    cost = prefill_cost(facts.num_tokens, np.maximum(1, facts.num_tokens - hits[pool.rows]), pool, load)
+    cost = prefill_cost(facts.num_tokens, np.maximum(1.0, facts.num_tokens - hits[pool.rows]), pool, load)
     seconds = cost.first + cost.others
     there = pool.holding(facts.num_tokens)
     if facts.excluded:
@@ -257,7 +258,7 @@ class _Routes:
     def __init__(
         self,
         seconds: Floats,
-        decoding: Floats,
+        decoding: Floats | float,
         handoffs: Sequence[_Handoff],
         here: Bools | None,
         cost: PrefillCost | None,
@@ -268,7 +269,7 @@ class _Routes:
         self._here = here
         self._cost = cost
 
-    def decision(self, decode: int, hits: Ints, table: WorkerTable, cost_s: float) -> RoutingDecision:
+    def decision(self, decode: int, hits: Floats, table: WorkerTable, cost_s: float) -> RoutingDecision:
         handoff, cost = self._handoffs[int(table.decode.fingerprint[decode])], self._cost
         if cost is None or self._here is None or not self._here[decode]:
             predicted = (handoff.numbers[1], handoff.work, cost_s)
@@ -285,7 +286,7 @@ def _idle(table: WorkerTable) -> bool:
 
 def _num_routers(table: WorkerTable) -> float:
     """Whose requests the workers have, if each sends as many as this one: by the sequences on decode workers."""
-    return max(1.0, float(np.add.reduce(table.decode.num_seqs)) / max(1, table.num_own))
+    return max(1.0, table.decode.total_seqs / max(1, table.num_own))
 
 
 def _load(demand: PrefillDemand, pool: Pool, routers: float, now: float) -> PrefillLoad:
@@ -294,9 +295,9 @@ def _load(demand: PrefillDemand, pool: Pool, routers: float, now: float) -> Pref
     return PrefillLoad(demand.prompts_per_s(now) * per_worker, demand.busy_workers(now) * per_worker)
 
 
-def _blocks_needed(facts: RequestFacts, hits_here: Ints, pool: Pool) -> Floats:
+def _blocks_needed(facts: RequestFacts, hits_here: Floats, pool: Pool) -> Floats:
     """To have free on each decode worker before it gets this request; hits are of whole blocks."""
-    needed: Floats = np.ceil(facts.num_reserved_tokens / pool.block_size) - hits_here / pool.block_size
+    needed: Floats = np.ceil((facts.num_reserved_tokens - hits_here) / pool.block_size)
     return needed
 
 
@@ -312,7 +313,7 @@ def _with_room(facts: RequestFacts, needed: Floats, pool: Pool) -> Bools:
 
 
 def decision(
-    prefill: int | None, decode: int, hits: Ints, table: WorkerTable, reason: str, *predicted: float
+    prefill: int | None, decode: int, hits: Floats, table: WorkerTable, reason: str, *predicted: float
 ) -> RoutingDecision:
     """`predicted`: the decision's last fields."""
     pool, position = (table.decode, decode) if prefill is None else (table.prefill, prefill)
@@ -322,7 +323,7 @@ def decision(
     )
 
 
-def with_room(facts: RequestFacts, hits: Ints, pool: Pool) -> Bools:
+def with_room(facts: RequestFacts, hits: Floats, pool: Pool) -> Bools:
     """Decode workers that can hold the request, without those that just failed unless there is no other."""
     return _with_room(facts, _blocks_needed(facts, hits[pool.rows], pool), pool)
 

@@ -81,7 +81,8 @@ class Pool(_Columns):
         self.max_len: Ints = np.array(max_lens, np.intp)  # tokens of a sequence, prompt and output
         self.least_max_len, self.most_max_len = min(max_lens, default=0), max(max_lens, default=0)
         self.batch_tokens: Floats = np.array([state.description.max_batch_tokens for state in states], np.float64)
-        self._columns: Floats = np.empty((len(_Columns.__annotations__), len(states)))
+        self.total_seqs = 0.0
+        self._columns: Floats = np.zeros((len(_Columns.__annotations__), len(states)))
         for name, column in zip(_Columns.__annotations__, self._columns, strict=True):
             setattr(self, name, column)
         for position, state in enumerate(states):
@@ -136,6 +137,7 @@ class Pool(_Columns):
         room: float = row.num_free_blocks if row.num_seqs < row.seq_limit else -1
         num_blocks = max(1, row.num_blocks)
         decoding_s = row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)
+        self.total_seqs += row.num_seqs - float(self.num_seqs[position])
         self._columns[:, position] = (
             row.block_size,
             row.num_blocks,

@@ -11,7 +11,7 @@ import numpy as np
 
 from router.costs import PrefillLoad, cheapest, prefill_cost
 from router.policies import RequestFacts, RoutingDecision, decision, partners, with_room
-from router.worker_table import Floats, Ints, Pool, WorkerTable
+from router.worker_table import Floats, Pool, WorkerTable
 
 
 def prefillers(table: WorkerTable) -> Pool:
@@ -20,7 +20,7 @@ def prefillers(table: WorkerTable) -> Pool:
 
 
 def _place(
-    facts: RequestFacts, hits: Ints, table: WorkerTable, prefill_costs: Floats, decode_costs: Floats, reason: str
+    facts: RequestFacts, hits: Floats, table: WorkerTable, prefill_costs: Floats, decode_costs: Floats, reason: str
 ) -> RoutingDecision | None:
     """The least of each; ties are spread. `prefill_costs` by position in `prefillers(table)`."""
     pool, decode_pool = prefillers(table), table.decode
@@ -42,11 +42,11 @@ class PrefixOnly:
 
     uses_hits: bool = True
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool = prefillers(table)
         # Where one pool does both, a sequence more must not outweigh a cached token.
         fewest = table.decode.num_seqs / (1.0 + table.decode.num_seqs.max())
-        return _place(facts, hits, table, -hits[pool.rows].astype(np.float64), fewest, "longest prefix")
+        return _place(facts, hits, table, -hits[pool.rows], fewest, "longest prefix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +63,17 @@ class CacheAware:
     balance_rel_threshold: float = 1.5
     uses_hits: bool = True
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool = prefillers(table)
         # With one pool, its choice is made once, by the rule.
         decode_costs = table.decode.num_seqs if pool is table.prefill else np.zeros(len(pool))
         return _place(facts, hits, table, self._costs(facts, hits, pool), decode_costs, "cache aware")
 
-    def _costs(self, facts: RequestFacts, hits: Ints, pool: Pool) -> Floats:
+    def _costs(self, facts: RequestFacts, hits: Floats, pool: Pool) -> Floats:
         most, least = float(pool.num_seqs.max()), float(pool.num_seqs.min())
         if most - least > self.balance_abs_threshold and most > self.balance_rel_threshold * least:
             return pool.num_seqs
-        matched = hits[pool.rows].astype(np.float64)
+        matched = hits[pool.rows]
         return -matched if matched.max() > self.cache_threshold * facts.num_tokens else pool.num_seqs
 
 
@@ -89,10 +89,10 @@ class BlockCost:
     prefill_load_scale: float = 1.0
     uses_hits: bool = True
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool, decode = prefillers(table), table.decode
         on_their_way = pool.wait_s / np.maximum(pool.prefill_token_s + pool.base_s / pool.batch_tokens, 1e-9)
-        uncached = np.maximum(1, facts.num_tokens - hits[pool.rows])
+        uncached = np.maximum(1.0, facts.num_tokens - hits[pool.rows])
         prefill_blocks = self.prefill_load_scale * (on_their_way + uncached) / pool.block_size
         return _place(facts, hits, table, prefill_blocks, decode.num_blocks - decode.num_free_blocks, "blocks")
 
@@ -107,9 +107,9 @@ class MinimumTtft:
 
     uses_hits: bool = True
 
-    def choose(self, facts: RequestFacts, hits: Ints, table: WorkerTable) -> RoutingDecision | None:
+    def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool, decode = prefillers(table), table.decode
-        uncached = np.maximum(1, facts.num_tokens - hits[pool.rows])
+        uncached = np.maximum(1.0, facts.num_tokens - hits[pool.rows])
         ttft = prefill_cost(facts.num_tokens, uncached, pool, PrefillLoad(0.0, 0.0)).first
         kv_tokens = (decode.num_blocks - decode.num_free_blocks) * decode.block_size + facts.num_tokens
         tpot = decode.base_s + decode.decode_s * (decode.num_seqs + 1) + decode.kv_token_s * kv_tokens
