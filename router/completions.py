@@ -25,6 +25,7 @@ DEFAULT_MAX_TOKENS = 16  # of a completion; a chat may fill the context
 class Arrival(msgspec.Struct, frozen=True, gc=False):
     """What a handler knows of a request besides its body."""
 
+    request_id: str
     received: float
     created: int
     deadline: float
@@ -172,9 +173,9 @@ class Planner:
 
     def _envelope(self, kind: str, body: SamplingFields, arrival: Arrival, model: str, *, logprobs: bool) -> Envelope:
         options = body.stream_options
-        own = body.request_id if body.request_id and REQUEST_ID.fullmatch(body.request_id.encode()) else None
+        own = body.request_id if body.request_id and REQUEST_ID.fullmatch(body.request_id.encode()) else ""
         return Envelope(
-            id=f"{kind}-{own or format(self._draw_bits(128), '032x')}",
+            id=f"{kind}-{own or arrival.request_id}",
             created=arrival.created,
             model=model,
             logprobs=logprobs,

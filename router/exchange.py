@@ -112,10 +112,9 @@ class Exchange:
         encoding = self.headers.get(b"content-encoding", b"identity").strip().lower()
         if encoding != b"identity":
             raise ApiError(415, "the body must be sent without a content-encoding")
-        too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
         length = self.headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > max_bytes:
-            raise too_large
+            raise _too_large(max_bytes)
         parts: list[bytes] = []
         size = 0
         try:
@@ -124,7 +123,7 @@ class Exchange:
                     part = await self._next_part()
                     size += len(part)
                     if size > max_bytes:
-                        raise too_large
+                        raise _too_large(max_bytes)
                     share.grow(size)
                     parts.append(part)
             return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -235,3 +234,7 @@ class Exchange:
                     await self._next_part()
         except (TimeoutError, ClientGone):
             pass
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")

@@ -183,6 +183,7 @@ class Front:
     def _arrival(self, exchange: Exchange, long: bool) -> Arrival:
         received, tenant = self._clock(), self._tenant(exchange)
         return Arrival(
+            request_id=exchange.request_id,
             received=received,
             created=int(self._wall_clock()),
             deadline=received + self._config.request_timeout_s,

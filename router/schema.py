@@ -6,6 +6,7 @@ would change the answer (guided decoding, tool parsing, transfer parameters) are
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -167,12 +168,18 @@ def decode_body(body: bytes, kind: type[Body]) -> Body:
 
 def refuse_unsupported(body: SamplingFields | TokenizeBody) -> None:
     """Raise InvalidRequest for the first field that asks for what is not there."""
-    for name in body.__struct_fields__:
-        # `echo` is refused where it is untyped: in chat.
-        if name in REFUSED and not (name == "echo" and isinstance(body, CompletionBody)) and getattr(body, name):
+    for name in _refused_fields(type(body)):
+        if getattr(body, name):
             reason = REFUSED[name]
             message = f"{name}: {reason}" if reason is _GUIDED else f"{name} {reason}"
             raise InvalidRequest(message, param=name, code="unsupported_parameter")
+
+
+@cache
+def _refused_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    # `echo` is refused where it is untyped: in chat.
+    fields = (name for name in kind.__struct_fields__ if name in REFUSED)
+    return tuple(name for name in fields if name != "echo" or kind is not CompletionBody)
 
 
 def check_nesting(text: bytes, what: str = "the body", param: str | None = None) -> None:

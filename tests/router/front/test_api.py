@@ -194,10 +194,12 @@ async def test_request_ids_are_echoed_or_made_on_every_response(tokenizer: Token
         ]
         body = await server.post("/v1/completions", {"prompt": "x", "request_id": "mine"})
         odd = await server.post("/v1/completions", {"prompt": "x", "request_id": 'no"pe\n'})
+        named = await server.post("/v1/chat/completions", CHAT, 'x-request-id: my"id')
     assert echoed[1]["x-request-id"] == on_error[1]["x-request-id"] == "my-id.42"
     assert set(made) == {f"{11:032x}"}
     assert body[2]["id"] == "cmpl-mine"
     assert odd[2]["id"] == f"cmpl-{11:032x}"
+    assert (named[1]["x-request-id"], named[2]["id"]) == ('my"id', 'chatcmpl-my"id')
 
 
 async def test_the_timeline_comes_only_when_asked_for_and_in_seconds_since_arrival(tokenizer: Tokenizer) -> None:
