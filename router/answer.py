@@ -4,7 +4,6 @@ Shared by both completion APIs, which differ in their `Format`. Nothing is sent 
 until then is an HTTP status; after it, an error event and a connection that ends without `[DONE]`.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -50,12 +49,10 @@ class Answerer:
         """Raises what the generator raises, and ClientGone. Every generation is closed on return."""
         end = FAILED  # of the choices that do not run to theirs
         try:
-            with exchange.cancel_on_disconnect():
-                try:
-                    async with asyncio.timeout(max(0.0, job.deadline - self._clock()) + GRACE_S):
-                        await (self._events(exchange, job) if job.stream else self._body(exchange, job))
-                except TimeoutError:
-                    raise DeadlineExceeded from None
+            with exchange.bounded(max(0.0, job.deadline - self._clock()) + GRACE_S):
+                await (self._events(exchange, job) if job.stream else self._body(exchange, job))
+        except TimeoutError:
+            raise DeadlineExceeded from None
         except ClientGone:
             end = ABORTED
             raise

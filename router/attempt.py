@@ -19,6 +19,16 @@ from router.stream import TokenStream
 
 _OF_PREFILL = frozenset(("queued_us", "prefill_us", "cached_tokens"))  # fields of Timing
 
+# Of each of its fields, by number: the name in Timeline, the unit there, and whether it is of who prefills.
+_TIMINGS = {
+    field.number: (
+        f"{field.name[:-3]}_s" if field.name.endswith("_us") else field.name,
+        1e6 if field.name.endswith("_us") else None,
+        field.name in _OF_PREFILL,
+    )
+    for field in pb.Timing.DESCRIPTOR.fields
+}
+
 
 class AttemptOwner(Protocol):
     def attempt_finished(self) -> None:
@@ -224,12 +234,10 @@ class Attempt:
         """`prefilled`: by this worker. Of a retried request, the prompt's cache hit stays the first attempt's."""
         timeline = self._stream.timeline
         for field, value in timing.ListFields():
-            name = field.name
-            if (name in _OF_PREFILL and not prefilled) or (name == "cached_tokens" and self._first_index):
+            name, unit, of_prefill = _TIMINGS[field.number]
+            if (of_prefill and not prefilled) or (name == "cached_tokens" and self._first_index):
                 continue
-            if name.endswith("_us"):
-                name, value = f"{name[:-3]}_s", value / 1e6
-            setattr(timeline, name, value)
+            setattr(timeline, name, value / unit if unit else value)
 
 
 def _refusal(error: pb.Error) -> InvalidRequest:

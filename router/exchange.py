@@ -10,7 +10,8 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from router.bodies import Share
@@ -35,6 +36,7 @@ class Connection(Protocol):
 
     lost: bool  # the client has left
     on_lost: Callable[[], None] | None  # called when it leaves
+    whole: bool  # the bodies of all requests whose heads have come have come, too
 
     def write(self, part: bytes) -> bool:
         """Writes a part of the body at once. False: the client does not keep up."""
@@ -118,7 +120,7 @@ class Exchange:
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(timeout):
+            async with nullcontext() if self._connection.whole else asyncio.timeout(timeout):
                 while not self._body_read:
                     part = await self._next_part()
                     size += len(part)
@@ -183,27 +185,32 @@ class Exchange:
             await self._start(200, b"text/event-stream; charset=utf-8", unbuffered)
 
     @contextmanager
-    def cancel_on_disconnect(self) -> Iterator[None]:
-        """Cancels what runs inside when the client closes the connection, and raises ClientGone instead."""
-        inside, connection, gone = asyncio.current_task(), self._connection, False
+    def bounded(self, seconds: float) -> Iterator[None]:
+        """Cancels what runs inside when the client closes the connection, and raises ClientGone instead; or when so
+        many seconds have passed, and raises TimeoutError."""
+        inside, connection = asyncio.current_task(), self._connection
         assert inside is not None
+        why: type[Exception] | None = None
 
-        def lost() -> None:
-            nonlocal gone
-            gone = True
-            inside.cancel()
+        def end(reason: type[Exception]) -> None:
+            nonlocal why
+            if why is None:
+                why = reason
+                inside.cancel()
 
         if connection.lost:
             raise ClientGone
-        connection.on_lost = lost
+        timer = asyncio.get_running_loop().call_later(seconds, end, TimeoutError)
+        connection.on_lost = partial(end, ClientGone)
         try:
             yield
         except asyncio.CancelledError:
-            if gone and not inside.uncancel():
-                raise ClientGone from None
+            if why is not None and not inside.uncancel():
+                raise why from None
             raise
         finally:
             connection.on_lost = None
+            timer.cancel()
 
     async def _next_part(self) -> bytes:
         message = await self._receive()

@@ -122,6 +122,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
         self.scope["extensions"] = {CONNECTION: self._client}  # type: ignore[dict-item]
+        self._client.whole = False
         is_next = self._running is None or self._running.response_complete
         super().on_headers_complete()
         if self.scope["method"] != "HEAD":  # whose body is never written
@@ -131,6 +132,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if not self._without_offer:
+            self._client.whole = True
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -254,12 +256,13 @@ class DescriptorWatch:
 class ClientConnection:
     """Implements router.exchange.Connection: the answer under way is chunked."""
 
-    __slots__ = ("_transport", "lost", "on_lost", "paused")
+    __slots__ = ("_transport", "lost", "on_lost", "paused", "whole")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self.paused = False  # by the transport: the client does not keep up
         self.lost = False
+        self.whole = False
         self.on_lost: Callable[[], None] | None = None
 
     def leave(self) -> None:

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.request import FinishReason, Request
 from router.generation import Delta, GenerationFailed, Overloaded
-from router.http import FrontConfig
+from router.http import FrontConfig, RandomBits
 from router.server import BoundedProtocol, ServerConfig
 from router.tokenizer import Tokenizer, load_tokenizer
 from tests.checkpoints import make_tokenizer
@@ -182,6 +182,14 @@ async def test_a_reader_that_stalls_is_cut_off(tokenizer: Tokenizer) -> None:
             async with asyncio.timeout(20):
                 await server.generator.streams[0].closed.wait()
     assert server.generator.streams[0].num_yielded < 10_000
+
+
+def test_random_bits_are_drawn_once() -> None:
+    draw = RandomBits()
+    ids = [draw(128) for _ in range(200)]
+    assert len(set(ids)) == 200
+    assert 120 < max(map(int.bit_length, ids)) <= 128
+    assert max(draw(64).bit_length() for _ in range(200)) <= 64
 
 
 async def test_request_ids_are_echoed_or_made_on_every_response(tokenizer: Tokenizer) -> None:

@@ -416,7 +416,7 @@ def test_no_body_makes_a_server_error(tokenizer: Tokenizer, prompt: Any, message
             if "status" in message:
                 statuses.append(message["status"])
 
-        connection = SimpleNamespace(lost=False, on_lost=None, write=lambda _part: True)
+        connection = SimpleNamespace(lost=False, on_lost=None, whole=False, write=lambda _part: True)
         extensions = {CONNECTION: connection}
         scope = {"type": "http", "method": "POST", "path": path, "headers": [], "extensions": extensions}
         await front(scope, receive, send)

@@ -1,4 +1,5 @@
 import asyncio
+import time
 import tracemalloc
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -134,7 +135,7 @@ def client() -> ClientConnection:
 
 
 async def answer_until_gone(exchange: Exchange) -> None:
-    with exchange.cancel_on_disconnect():
+    with exchange.bounded(60):
         await asyncio.Event().wait()
 
 
@@ -161,9 +162,31 @@ async def test_cancelling_an_answer_is_no_clients_leaving() -> None:
         await answering
 
 
+async def test_an_answer_that_takes_too_long_is_ended() -> None:
+    connection = client()
+    with pytest.raises(TimeoutError), exchange_with(connection).bounded(0.01):
+        await asyncio.Event().wait()
+    assert connection.on_lost is None
+    await asyncio.sleep(0)  # nothing is left of the cancellation
+
+
+async def test_time_that_passes_after_an_answer_ends_nothing() -> None:
+    with exchange_with(client()).bounded(0.01):
+        pass
+    await asyncio.sleep(0.03)
+
+
+async def test_the_first_reason_to_end_an_answer_counts() -> None:
+    connection = client()
+    asyncio.get_running_loop().call_soon(connection.leave)
+    asyncio.get_running_loop().call_soon(time.sleep, 0.02)  # both are due when the loop goes on
+    with pytest.raises(ClientGone), exchange_with(connection).bounded(0.01):
+        await asyncio.Event().wait()
+
+
 async def test_a_client_that_leaves_after_its_answer_ends_nothing() -> None:
     connection = client()
-    with exchange_with(connection).cancel_on_disconnect():
+    with exchange_with(connection).bounded(60):
         pass
     connection.leave()
     await asyncio.sleep(0)
