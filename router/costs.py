@@ -6,15 +6,10 @@ Tokens become seconds by each worker's own model of its steps.
 import msgspec
 import numpy as np
 
-from router.worker_table import Bools, Floats, Pool
+from router.worker_table import MIN_FREE, Bools, Floats, Pool
 
 # How far a queue is taken to be from never emptying, at least; else one second of work would seem to delay all others.
 _MIN_SLACK = 0.1
-_MIN_FREE = 0.05  # of a decode worker's memory, likewise
-
-# For each request that waits for a decode worker, it and how many more of those that come behind it. At 10, decode
-# workers would leave the prompts to prefill workers that are fuller than they are.
-_PER_WAITING = 3.0
 
 
 class PrefillLoad(msgspec.Struct, frozen=True, gc=False):
@@ -75,19 +70,13 @@ def decode_cost(
     answers: Floats = own + num_seqs * growth * mean_output
     # The fuller the memory, the more of those who come wait for it, while this request holds its part.
     part = needed * pool.block_part
-    waits: Floats = part * own * pool.pressure / np.maximum(_MIN_FREE, pool.free_part - part)
+    waits: Floats = part * own * pool.pressure / np.maximum(MIN_FREE, pool.free_part - part)
     missing = needed * pool.block_size + tokens - pool.num_tokens
     short: Bools = missing > 0.0
     if np.count_nonzero(short):  # memory comes back as answers end
         freed = np.maximum(1.0, pool.seq_tokens) * np.maximum(1.0, num_seqs) / (mean_output * step)
         waits = waits + np.where(short, np.minimum(missing, pool.num_tokens) / freed, 0.0)
     return DecodeCost(step, answers, waits)
-
-
-def delayed_by_decoding(num_waiting: float, pool: Pool) -> float:
-    """How many requests wait longer, each by as much, where one worker of the pool decodes nothing for a while: as much
-    less memory is given back, to those that wait for it and to those that come before nobody does."""
-    return _PER_WAITING * num_waiting / len(pool)
 
 
 def cheapest(costs: Floats, turn: int) -> int:

@@ -190,7 +190,6 @@ class Placement(Generic[C]):
             return None
         table.now = self._clock()
         table.num_own = self._queue.num_running
-        table.num_waiting = self._queue.num_waiting - 1
         facts = candidate.facts()
         too_long = self._too_long(candidate, facts)
         if too_long is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, delayed_by_decoding, prefill_cost
+from router.costs import PrefillCost, PrefillLoad, cheapest, decode_cost, prefill_cost
 from router.demand import PrefillDemand
 from router.worker_table import Bools, Floats, Pool, WorkerTable
 
@@ -191,10 +191,9 @@ class PrefixAware:
         if local is not None and not np.count_nonzero(local):
             return _Routes(seconds, first, handoffs, None, None)
         cost = prefill_cost(num_tokens, uncached, pool, _load(table.demand.on_decode, pool, routers, table.now))
-        # Every sequence that decodes here by then stands still meanwhile.
-        seconds_here = cost.first + cost.others + self._price(pool.step_s) * cost.work * pool.num_seqs
-        if table.num_waiting:
-            seconds_here = seconds_here + cost.work * delayed_by_decoding(table.num_waiting * routers, pool)
+        # Every sequence that decodes here by then stands still meanwhile, and keeps its memory.
+        stalled = self._price(pool.step_s) * pool.num_seqs + pool.stall_price
+        seconds_here = cost.first + cost.others + cost.work * stalled
         # Else one decode worker would get all long prompts once prefill workers are full, and they would wait there.
         here: Bools = (seconds_here <= seconds) & (cost.first <= first + setup + exposed)
         if local is not None:

@@ -26,6 +26,11 @@ REFERENCE = StepModel(base_s=0.0035, prefill_token_s=21e-6, pair_s=1e-9, decode_
 _TRANSFER_PART = 0.1
 
 _MIN_STEP_S = 1e-5  # steps are divided by
+MIN_FREE = 0.05  # likewise, of a worker's memory
+
+# Of a worker's sequences, so many wait for what is given back later when it decodes nothing for a while. With fewer
+# decode workers prefill too much where they are the bottleneck; with more, prompts wait where prefill workers are.
+_WAIT_FOR_STALLED = 0.05
 
 
 class _Columns:
@@ -54,6 +59,7 @@ class _Columns:
     block_part: Floats  # one block's of its memory
     free_part: Floats  # of its memory
     pressure: Floats  # sequences, times the part of its memory that is taken
+    stall_price: Floats  # seconds that others wait for memory longer, for each in which it decodes nothing
     beside_s: Floats  # what decodes in a step beside a prompt takes of it
 
 
@@ -136,6 +142,8 @@ class Pool(_Columns):
         newcomer_s = max(model.decode_s, base_s / max(1, row.max_num_seqs))
         room: float = row.num_free_blocks if row.num_seqs < row.seq_limit else -1
         num_blocks = max(1, row.num_blocks)
+        free_part = row.num_free_blocks / num_blocks
+        pressure = row.num_seqs * (1 - free_part)
         decoding_s = row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)
         self.total_seqs += row.num_seqs - float(self.num_seqs[position])
         self._columns[:, position] = (
@@ -160,8 +168,9 @@ class Pool(_Columns):
             room if row.num_seqs else math.inf,  # an empty worker takes what it can hold, with less than the reserve
             row.num_seqs - row.num_running,
             1 / num_blocks,
-            row.num_free_blocks / num_blocks,
-            row.num_seqs * (1 - row.num_free_blocks / num_blocks),
+            free_part,
+            pressure,
+            _WAIT_FOR_STALLED * pressure * (1 - free_part) / max(MIN_FREE, free_part),
             0.0 if state.prefills else decoding_s,
         )
 
@@ -173,7 +182,6 @@ class WorkerTable:
         self.turn = 0
         self.now = 0.0
         self.num_own = 0  # requests of this router that its workers have
-        self.num_waiting = 0  # of this router, for a decode worker, behind the one to decide
         self.demand = Demand()
         self.dirty: set[WorkerState] = set()
         self._slots: dict[WorkerState, int] = {}

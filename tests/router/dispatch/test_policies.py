@@ -252,17 +252,18 @@ def test_a_long_prompt_does_not_wait_for_long_where_few_sequences_run(tpot_s, wa
     assert pick(1.1 * wait) == "d0"
 
 
-def test_decode_workers_prefill_less_while_requests_wait_for_them():
-    """A second of prefill, with five sequences there: what waits would wait for it, too."""
+@pytest.mark.parametrize(("free", "wait"), [(500, 0.125), (200, 0.8), (100, 2.025), (80, 2.645)])
+def test_decode_workers_prefill_less_the_fuller_their_memory_is(free, wait):
+    """Its five sequences give their memory back later by a second of prefill; a twentieth of as many as have it wait
+    for that, in proportion to what is taken and to what is left. Answers have no price here."""
 
-    def pick(num_waiting: int) -> str | None:
-        table = view(worker("p0", queue_s=3.0), worker("d0", num_seqs=5), worker("d1", num_seqs=5))
-        table.num_own, table.num_waiting = 10, num_waiting
-        return choose(PrefixAware(), facts(), {}, table).prefill
+    def pick(queue_s: float) -> str | None:
+        table = view(worker("p0", queue_s=queue_s), worker("d0", num_seqs=5, num_free_blocks=free))
+        return choose(PrefixAware(answer_price=0.0), facts(), {}, table).prefill
 
-    assert pick(0) is None
-    assert pick(1) is None
-    assert pick(3) == "p0"
+    handoff_s = 64 * TOKEN_S
+    assert pick(wait - handoff_s + 0.05) is None
+    assert pick(wait - handoff_s - 0.05) == "p0"
 
 
 def test_sequences_that_wait_for_their_prefill_stand_still_for_the_next_one_too():
