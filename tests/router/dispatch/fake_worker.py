@@ -274,7 +274,8 @@ class FakeWorker:
         job.index = self._num_known(job)
         if job.submit.offer:
             await self._at("pull", job)
-            job.send(handoff_done=True, timing=pb.Timing(transfer_blocks=3, transfer_us=500, transport="loopback"))
+            timing = pb.Timing(transfer_blocks=3, transfer_us=500, transport="loopback", queued_us=7, prefill_us=7)
+            job.send(handoff_done=True, timing=timing)  # the last two count where it prefilled itself
             job.index += 1
         while job.index < job.submit.params.max_tokens:
             await self._at("token", job)

@@ -91,6 +91,14 @@ def test_what_does_not_fit_in_the_queue_is_refused_newest_first():
     assert it.placement.waiting() == [second, third, first]
 
 
+def test_a_report_tells_whether_somebody_waits():
+    it = Cluster(["p0"])
+    assert not it.placement.reported()
+    it.add()
+    assert it.pump() == []
+    assert it.placement.reported()
+
+
 def test_a_decision_never_waits_for_the_reports_of_many_workers():
     it = Cluster([*(f"p{i}" for i in range(40)), *(f"d{i}" for i in range(40))])
     it.place(1600)

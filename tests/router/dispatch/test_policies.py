@@ -9,7 +9,7 @@ from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.cluster_view import Reservation
-from router.policies import LeastLoaded, PrefixAware, RoundRobin
+from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingDecision
 from tests.router.dispatch.workers import MODEL, TOKEN_S, attached, choose, facts, view, worker
 
 # Longer prompts go to the prefill workers; where that is not what a test is about.
@@ -264,6 +264,29 @@ def test_decode_workers_prefill_less_the_fuller_their_memory_is(free, wait):
     handoff_s = 64 * TOKEN_S
     assert pick(wait - handoff_s + 0.05) is None
     assert pick(wait - handoff_s - 0.05) == "p0"
+
+
+def test_the_sequences_of_a_pool_are_those_that_its_workers_have_now():
+    states = [worker("d0", num_seqs=5), worker("d1", num_seqs=7), worker("p0")]
+    table = view(*states)
+    for num_seqs in (9, 9, 0, 3):
+        states[0].report(pb.Load(num_running=num_seqs, num_free_blocks=900))
+        table.dirty.add(states[0])
+        table.refresh()
+        assert table.decode.total_seqs == num_seqs + 7
+    table.remove(states[1])
+    table.refresh()
+    assert table.decode.total_seqs == 3
+
+
+def test_a_part_of_a_block_takes_all_of_it():
+    """A prompt of 1,000 tokens and 100 to come are 68.75 blocks."""
+
+    def pick(free: int) -> RoutingDecision | None:
+        return choose(PREFIX_AWARE, facts(), {}, view(worker("d0", num_seqs=1, num_free_blocks=free)))
+
+    assert pick(68) is None
+    assert pick(69) is not None
 
 
 def test_sequences_that_wait_for_their_prefill_stand_still_for_the_next_one_too():

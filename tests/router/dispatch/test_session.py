@@ -22,6 +22,7 @@ class Worker:
         self.commands: list[str | None] = []  # names of what it was told; None: only that the router lives
         self.lost: list[str] = []
         self.reported = asyncio.Event()
+        self.first_load = pb.Load()
         self.session = WorkerSession(
             Joined("d0", "decode", "host:1", 1),
             self,
@@ -44,6 +45,8 @@ class Worker:
             self.abort(error)
 
     async def _connect(self, *_) -> "Worker":
+        if self._over.done():
+            self._over = asyncio.get_running_loop().create_future()
         return self
 
     def send(self, command: pb.Command) -> None:
@@ -51,7 +54,7 @@ class Worker:
 
     async def read(self) -> pb.Frame:
         self._num_frames = 1
-        return pb.Frame(description=described("d0", model="m"), kv_snapshot=pb.KvSnapshot())
+        return pb.Frame(description=described("d0", model="m"), kv_snapshot=pb.KvSnapshot(), load=self.first_load)
 
     def deliver_to(self, receive) -> None:
         self._receive = receive
@@ -116,6 +119,23 @@ async def test_an_idle_worker_makes_no_progress_and_is_not_stalled(monkeypatch):
         worker.say(progress=5, num_running=1)
         await asyncio.sleep(0)
         assert worker.lost == ["it runs requests and made no progress for 60.0 s"]
+
+
+async def test_a_stalled_worker_that_is_attached_anew_gets_requests_when_it_moves(monkeypatch):
+    async with serving(monkeypatch) as worker:
+        stuck = {"progress": 5, "num_running": 1}
+        worker.say(**stuck)
+        worker.now += 61.0
+        worker.first_load = pb.Load(**stuck)
+        worker.reported.clear()
+        worker.say(**stuck)
+        await worker.reported.wait()
+        assert worker.lost == ["it runs requests and made no progress for 60.0 s"]
+        assert not worker.session.usable
+        worker.say(**stuck)
+        assert not worker.session.usable
+        worker.say(progress=6, num_running=1)
+        assert worker.session.usable
 
 
 async def test_a_router_with_nothing_to_say_says_that_it_lives(monkeypatch):

@@ -56,6 +56,7 @@ class FakeStream:
             else:
                 more = take(delta)
             if not more:
+                await asyncio.sleep(0)  # as there, the consumer goes on in another turn of the loop
                 return True
         return False
 

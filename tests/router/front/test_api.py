@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,12 +185,14 @@ async def test_a_reader_that_stalls_is_cut_off(tokenizer: Tokenizer) -> None:
     assert server.generator.streams[0].num_yielded < 10_000
 
 
-def test_random_bits_are_drawn_once() -> None:
+def test_random_bits_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    supplies = [random.Random(seed).randbytes(1024) for seed in range(3)]
+    left = iter(supplies)
+    monkeypatch.setattr("os.urandom", lambda size: next(left)[:size])
     draw = RandomBits()
-    ids = [draw(128) for _ in range(200)]
-    assert len(set(ids)) == 200
-    assert 120 < max(map(int.bit_length, ids)) <= 128
-    assert max(draw(64).bit_length() for _ in range(200)) <= 64
+    sizes = [8, 16] * 50  # 1,024 bytes end within one of 16: what is left of them is not used
+    drawn = b"".join(draw(8 * size).to_bytes(size, "big") for size in sizes)
+    assert drawn == (supplies[0][:1016] + supplies[1])[: len(drawn)]
 
 
 async def test_request_ids_are_echoed_or_made_on_every_response(tokenizer: Tokenizer) -> None:

@@ -21,7 +21,7 @@ from router.metrics import Metrics
 from router.schema import MAX_DEPTH, ChatBody, CompletionBody
 from router.server import ServerConfig
 from router.tokenizer import Tokenizer
-from tests.router.front.fakes import MODEL, FakeGenerator, Running, running, saying, until
+from tests.router.front.fakes import MODEL, FakeGenerator, Running, read_answer, running, saying, until
 
 HI = [{"role": "user", "content": "hi"}]
 NESTED = b'{"prompt":"x","unknown":' + b"[" * 100 + b"]" * 100 + b"}"
@@ -282,6 +282,19 @@ async def test_a_body_that_does_not_come_is_given_up(tokenizer: Tokenizer) -> No
         answers = [await server.raw(data) for data in (chunked, announced)]
         await still_serves(server)
     assert [(status, headers["connection"]) for status, headers, _ in answers] == [(408, "close")] * 2
+
+
+async def test_a_later_body_on_a_connection_that_does_not_come_is_given_up(tokenizer: Tokenizer) -> None:
+    config = FrontConfig(body_timeout_s=0.05)
+    async with running(tokenizer, saying(tokenizer, "fine"), config=config) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 14\r\n\r\n"
+        writer.write(head + b'{"prompt":"x"}')
+        first = await read_answer(reader)
+        writer.write(head + b"{")
+        second = await read_answer(reader)
+        writer.close()
+    assert (first[0], second[0]) == (200, 408)
 
 
 async def test_a_client_that_leaves_before_its_body_is_whole_costs_nothing(tokenizer: Tokenizer) -> None:
