@@ -90,7 +90,7 @@ class WorkerState:
 
     @property
     def model(self) -> StepModel | None:
-        """How long its steps take; None: it has not run enough of them."""
+        """How long its steps take, which it says in every report once it knows; None: it has not run enough of them."""
         load = self.load
         if load is not self._modelled:
             self._modelled = load

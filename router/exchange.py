@@ -204,8 +204,8 @@ class Exchange:
         connection.on_lost = partial(end, ClientGone)
         try:
             yield
-        except asyncio.CancelledError:
-            if why is not None and not inside.uncancel():
+        except BaseException as error:
+            if why is not None and not inside.uncancel() and isinstance(error, asyncio.CancelledError):
                 raise why from None
             raise
         finally:

@@ -170,6 +170,20 @@ async def test_an_answer_that_takes_too_long_is_ended() -> None:
     await asyncio.sleep(0)  # nothing is left of the cancellation
 
 
+async def test_an_error_while_an_answer_is_ended_leaves_no_cancellation() -> None:
+    async def fail() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise ValueError
+
+    with pytest.raises(ValueError), exchange_with(client()).bounded(0.01):  # noqa: PT011 - it says nothing
+        await fail()
+    answering = asyncio.current_task()
+    assert answering is not None
+    assert answering.cancelling() == 0
+
+
 async def test_time_that_passes_after_an_answer_ends_nothing() -> None:
     with exchange_with(client()).bounded(0.01):
         pass
