@@ -145,7 +145,7 @@ class _Events(_Watch):
         if self._tail is None or self._format.extras:
             return None
         around = self._format.around(choice.index, self._tail)
-        lone = _LoneEvents(choice.text.decoder, around, self._exchange, self._metrics.inter_token, self._clock)
+        lone = _LoneEvents(choice.text.decoder, self._metrics.inter_token, self._clock, self._exchange, around)
         choice.pace = lone
         return lone
 
@@ -153,33 +153,65 @@ class _Events(_Watch):
         await self._exchange.flush()
 
 
-class _LoneEvents(Pace):
-    """From lone tokens of a choice to their events. Among many streams a processor's caches are cold at every token:
-    so one has to touch few objects, and few of them are its own."""
+class _Lone(Pace):
+    """Lone tokens of a choice. Among many streams a processor's caches are cold at every token: so one has to touch few
+    objects, and few of them are its own."""
 
-    __slots__ = ("_after", "_before", "_clock", "_decoder", "_exchange", "_inter_token")
+    __slots__ = ("_clock", "_decoder", "_inter_token")
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        around: tuple[bytes, bytes],
-        exchange: Exchange,
-        inter_token: Histogram,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, decoder: Decoder, inter_token: Histogram, clock: Callable[[], float]) -> None:
         super().__init__()
         self._decoder = decoder
-        self._before, self._after = around
-        self._exchange = exchange
         self._inter_token = inter_token
         self._clock = clock
 
-    def take(self, token_id: int) -> bool:
+    def _text(self, token_id: int) -> str:
         text, now = self._decoder.push_token(token_id), self._clock()
         self._inter_token.observe(now - self.piece_at)
         self.piece_at = now
         self.num_lone += 1
+        return text
+
+
+class _LoneEvents(_Lone):
+    """They become events; `around` is what stands around the text of each."""
+
+    __slots__ = ("_after", "_before", "_exchange")
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        inter_token: Histogram,
+        clock: Callable[[], float],
+        exchange: Exchange,
+        around: tuple[bytes, bytes],
+    ) -> None:
+        super().__init__(decoder, inter_token, clock)
+        self._exchange = exchange
+        self._before, self._after = around
+
+    def take(self, token_id: int) -> bool:
+        text = self._text(token_id)
         return not text or self._exchange.write_events(b"".join((self._before, _encode(text), self._after)))
+
+
+class _LoneTexts(_Lone):
+    """They are kept for a body."""
+
+    __slots__ = ("_texts",)
+
+    def __init__(self, decoder: Decoder, inter_token: Histogram, clock: Callable[[], float]) -> None:
+        super().__init__(decoder, inter_token, clock)
+        self._texts: list[str] = []
+
+    def take(self, token_id: int) -> bool:
+        self._texts.append(self._text(token_id))
+        return True
+
+    def drain(self) -> str:
+        text = "".join(self._texts)
+        self._texts.clear()
+        return text
 
 
 class _Collected(_Watch):
@@ -193,11 +225,17 @@ class _Collected(_Watch):
 
     def take(self, piece: Piece) -> bool:
         self._observe(piece)
-        self.pieces[piece.choice.index].append(piece)
+        choice, pieces = piece.choice, self.pieces[piece.choice.index]
+        if isinstance(choice.pace, _LoneTexts) and (text := choice.pace.drain()):
+            pieces.append(Piece(choice, text, [], [], None, first=False))
+        pieces.append(piece)
         return True
 
-    def lone(self, choice: Choice) -> None:
-        pass
+    def lone(self, choice: Choice) -> LoneTokens | None:
+        if self._job.format.extras:
+            return None
+        choice.pace = lone = _LoneTexts(choice.text.decoder, self._metrics.inter_token, self._clock)
+        return lone
 
     async def room(self) -> None:
         pass

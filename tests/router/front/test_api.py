@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,30 @@ async def test_a_reader_that_stalls_is_cut_off(tokenizer: Tokenizer) -> None:
             async with asyncio.timeout(20):
                 await server.generator.streams[0].closed.wait()
     assert server.generator.streams[0].num_yielded < 10_000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_lone_tokens_and_others_are_one_text_and_the_gaps_between_them_add_up(
+    tokenizer: Tokenizer, stream: bool
+) -> None:
+    ids = tokenizer.encode("Grüße, naïve 你好 🙂 and so on", add_special_tokens=False)
+    gates = [asyncio.Event() for _ in range(3)]
+    lone = [Delta([token], []) for token in ids[4:-1]]
+    script: list[Step] = [Delta(ids[:1], []), gates[0], Delta(ids[1:2], []), gates[1], Delta(ids[2:4], []), *lone]
+    script += [gates[2], Delta(ids[-1:], [], FinishReason.LENGTH)]
+    async with running(tokenizer, lambda _request: script) as server:
+        began = time.monotonic()
+        asking = asyncio.create_task(server.post("/v1/completions", {"prompt": "x", "stream": stream}))
+        for gate in gates:
+            await asyncio.sleep(0.02)
+            gate.set()
+        answer = (await asking)[2]
+        elapsed = time.monotonic() - began
+        gap_s, num_gaps = server.metrics.inter_token.total, sum(server.metrics.inter_token.counts)
+    events = [json.loads(line[6:]) for line in answer.decode().split("\n\n")[:-2]] if stream else [answer]
+    assert "".join(event["choices"][0]["text"] for event in events) == tokenizer.decode(ids)
+    assert num_gaps == len(script) - len(gates) - 1
+    assert 0.03 < gap_s < elapsed
 
 
 def test_random_bits_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
