@@ -2,8 +2,8 @@
 
 httptools bounds neither the size of a request's head nor the time it may take, and uvicorn waits for a client that
 stops reading as long as the client likes; `BoundedProtocol` cuts all three. It also reads on while requests that were
-sent ahead wait for their turn: only so is a client's leaving seen. Called by `baton/` inside its event loop (uvloop),
-which also owns signals.
+sent ahead wait for their turn: only so is a client's leaving seen; and an answer's head goes out with the first part of
+its body. Called by `baton/` inside its event loop (uvloop), which also owns signals.
 """
 
 import asyncio
