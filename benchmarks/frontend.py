@@ -342,7 +342,7 @@ async def measure(bench: Bench, args: argparse.Namespace) -> None:
         await bench.at("raw", raw, num_connections, min(args.requests, 400 * num_connections), args.output)
     for num_connections in () if args.raw_only else args.connections:
         await bench.at("openai", openai_client, num_connections, min(args.requests // 3, 1024), args.output)
-    for num_connections in args.connections[1:]:
+    for num_connections in (several for several in args.connections if several > 1):
         await bench.token(num_connections, args.output, args.long)
 
 
