@@ -39,7 +39,10 @@ if TYPE_CHECKING:  # numpy and the router are imported when the command runs
 def plan_command(
     spec: SpecFile,
     trace: TraceFile,
-    gpus: Annotated[int, typer.Option(min=1, max=1024, help="How many there are to split.")],
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="How many there are to split. [default: those of the spec's workers]"),
+    ] = None,
     slo: SloText = "ttft=2,tpot=0.05",
     profile: Annotated[
         list[str] | None,
@@ -62,7 +65,7 @@ def plan_command(
 
     Tries numbers of prefill and decode workers, each with every profile given, and one pool of workers that do both;
     of each the highest rate of the trace at which enough requests keep the limits of --slo. The spec says everything
-    else: its numbers of replicas are not used, and kv_cache.memory is what each GPU has.
+    else: kv_cache.memory is what each GPU has, and of its numbers of replicas the sum counts where there is no --gpus.
     """
     if not 0 < attainment < 1:
         raise SpecError([f"--attainment: {attainment:g} is not allowed; allowed: between 0 and 1"])
@@ -75,6 +78,8 @@ def plan_command(
     if len(requests.requests) < 2:
         raise SpecError([f"--trace: {trace} holds one request, which has no rate; allowed: at least two"])
     profiles = _profiles(loaded, profile)
+    if gpus is None:
+        gpus = (loaded.prefill.replicas + loaded.decode.replicas) * profiles[0].measured.tensor_parallel
     # Routers of a cluster with these limits would be told them.
     told = SloSpec(ttft_s=limits.ttft_s, tpot_s=limits.tpot_s)
 

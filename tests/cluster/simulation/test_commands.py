@@ -87,7 +87,9 @@ def test_simulation_loads_neither_torch_nor_ray_nor_matplotlib(spec_file: Path, 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("gpus", [(), ("--gpus", 2)], ids=["the spec's", "given"])
 def test_plan_prints_every_candidate_and_a_verdict(
+    gpus: tuple[object, ...],
     spec_file: Path,
     trace_file: Path,
     tmp_path: Path,
@@ -98,7 +100,9 @@ def test_plan_prints_every_candidate_and_a_verdict(
     row = {"timestamp": 0, "input_length": 3000, "output_length": 20}
     rows = [row | {"hash_ids": list(range(10 * number, 10 * number + 6))} for number in range(30)]
     trace_file.write_text("\n".join(json.dumps(row) for row in rows))
-    args = ("plan", spec_file, "--trace", trace_file, "--gpus", 2, "--slo", "ttft=0.3,tpot=0.05", "--json", out)
+    if not gpus:
+        spec_file.write_text(yaml.safe_dump(SPEC | {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}))
+    args = ("plan", spec_file, "--trace", trace_file, *gpus, "--slo", "ttft=0.3,tpot=0.05", "--json", out)
     assert baton(monkeypatch, *args) == 0
     candidates = json.loads(out.read_text())
     assert {(each["prefill_workers"], each["decode_workers"]) for each in candidates} == {(1, 1), (0, 2)}
