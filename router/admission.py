@@ -55,7 +55,7 @@ class Admission(Generic[T]):
         return entry in self._waiting
 
     def add(self, entry: T, priority: int, tenant: str = "", cost: int = 1) -> None:
-        """`cost` in prompt tokens, at least 1, for the tenant's share."""
+        """`cost` in tokens, at least 1, for the tenant's share."""
         self._push(priority, Place(entry, tenant, next(self._arrivals), cost))
 
     def refuse_excess(self) -> T | None:

@@ -1,9 +1,9 @@
-"""Which tenant's request is next: deficit round robin (Shreedhar and Varghese, 1995) over prompt tokens.
+"""Which tenant's request is next: deficit round robin (Shreedhar and Varghese, 1995) over tokens.
 
 Tenants that wait take turns. A turn adds a quantum to what the tenant may spend, and its requests go, oldest first, as
 long as that pays for them; what is left stays for its next turn. So over time tenants that wait get equal shares of
-prompt tokens, however long their prompts are, and nobody's share is kept while he has nothing to send. A tenant that
-waits alone is served first come first.
+tokens, however long their prompts and answers are, and nobody's share is kept while he has nothing to send. A tenant
+that waits alone is served first come first.
 """
 
 import heapq
@@ -15,11 +15,17 @@ import msgspec
 
 T = TypeVar("T")
 
-QUANTUM = 8192  # prompt tokens of a turn; prompts larger than this take several turns
+QUANTUM = 512  # tokens of a turn, as many as one short request costs; larger ones take several turns
+OUTPUT_WEIGHT = 2.0  # of a token of the answer, which is made one by one (as in VTC: Sheng et al., 2024)
+
+
+def cost_of(num_prompt_tokens: int, num_output_tokens: float) -> int:
+    """Tokens that a request is charged, at least 1. How long its answer gets is a guess."""
+    return num_prompt_tokens + int(OUTPUT_WEIGHT * num_output_tokens)
 
 
 class Place(msgspec.Struct, Generic[T], frozen=True):
-    """`arrival` is unique. `cost` in prompt tokens: nothing for one that has been paid for."""
+    """`arrival` is unique. `cost` in tokens: nothing for one that has been paid for."""
 
     entry: T
     tenant: str
@@ -68,14 +74,19 @@ class FairQueue(Generic[T]):
 
     def head(self) -> Place[T]:
         """The next one to go; the same until it is removed or another one is put back."""
-        turns = self._turns
+        turns, lines = self._turns, self._lines
         while True:
-            line = self._lines[turns[0]]
-            place = line.first()
-            if len(turns) == 1 or place.cost <= line.allowance:
-                return place
-            turns.rotate(-1)
-            self._lines[turns[0]].allowance += QUANTUM
+            for _ in range(len(turns)):
+                line = lines[turns[0]]
+                place = line.first()
+                if len(turns) == 1 or place.cost <= line.allowance:
+                    return place
+                turns.rotate(-1)
+                lines[turns[0]].allowance += QUANTUM
+            # Rounds in which nobody's turn would pay for anything are added at once.
+            missing = min(line.first().cost - line.allowance for line in lines.values())
+            for line in lines.values():
+                line.allowance += max(0, missing // QUANTUM - 1) * QUANTUM
 
     def last(self) -> Place[T] | None:
         """The newest of the tenant with the most waiting; None when all have been paid for, that is dispatched once."""

@@ -16,6 +16,7 @@ from protos import worker_pb2 as pb
 from router.admission import Admission, AdmissionConfig
 from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation, WorkerState
+from router.fairness import cost_of
 from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
 from router.worker_table import Floats, WorkerTable
@@ -148,7 +149,8 @@ class Placement(Generic[C]):
 
     def add(self, candidate: C) -> None:
         facts = candidate.facts()
-        self._queue.add(candidate, facts.priority, facts.tenant, facts.num_tokens)
+        cost = cost_of(facts.num_tokens, min(facts.max_new_tokens, self._table.demand.mean_output))
+        self._queue.add(candidate, facts.priority, facts.tenant, cost)
         self._fresh.append(candidate)
 
     def put_back(self, candidate: C) -> None:

@@ -126,10 +126,11 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], special
 
 def _cut_tokens(described: dict[str, Any]) -> dict[str, int]:
     """Special tokens that are always found whole, in a tokenizer that treats the parts between them alike wherever
-    they stand: without a normalizer or a space that is put before the text's beginning."""
-    pre = described["pre_tokenizer"] or {}
+    they stand: without a space that is put before the text's beginning. Normalizers see each part by itself."""
+    pre, normalizer = described["pre_tokenizer"] or {}, described["normalizer"]
     steps = pre.get("pretokenizers", [pre])
-    if described["normalizer"] is not None or any(
+    forms = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    if any(form["type"] not in ("NFC", "NFD", "NFKC", "NFKD") for form in forms) or any(
         step.get("type") not in ("ByteLevel", "Split", "Digits") or step.get("add_prefix_space") for step in steps
     ):
         return {}

@@ -3,14 +3,15 @@ import random
 import pytest
 
 from router.admission import Admission, AdmissionConfig
-from router.fairness import QUANTUM
+from router.fairness import OUTPUT_WEIGHT, QUANTUM, FairQueue, Place, cost_of
+from tests.router.dispatch.workers import Cluster
 
 
 def queue() -> Admission[str]:
     return Admission(AdmissionConfig(), lambda: 0.0)
 
 
-def test_tenants_that_wait_get_equal_shares_of_prompt_tokens_however_long_their_prompts_are():
+def test_tenants_that_wait_get_equal_shares_of_tokens_however_long_their_prompts_are():
     waiting = queue()
     sizes = {"long": 12_000, "short": 700}
     for tenant, size in sizes.items():
@@ -21,6 +22,50 @@ def test_tenants_that_wait_get_equal_shares_of_prompt_tokens_however_long_their_
         tenant = waiting.take().split()[0]
         tokens[tenant] += sizes[tenant]
         assert abs(tokens["long"] - tokens["short"]) <= 2 * max(QUANTUM, *sizes.values())
+
+
+def test_answers_count_so_tenants_with_short_prompts_take_turns_too():
+    it = Cluster(["d0"])
+    it.report("d0", draining=True)
+    flood = [it.add(5, tenant="flood") for _ in range(30)]
+    late = [it.add(5, tenant="late") for _ in range(3)]
+    assert it.pump() == []
+    it.report("d0")
+    order = [placed.candidate for placed in it.pump()]
+    assert sorted(order, key=id) == sorted([*flood, *late], key=id)
+    assert max(order.index(prompt) for prompt in late) < 8
+
+
+@pytest.mark.parametrize(("num_prompt", "num_output", "cost"), [(100, 0.0, 100), (5, 256.0, 5 + OUTPUT_WEIGHT * 256)])
+def test_a_request_costs_its_prompt_and_twice_its_answer(num_prompt, num_output, cost):
+    assert cost_of(num_prompt, num_output) == cost
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounds_that_are_added_at_once_change_no_order(seed):
+    """The twin goes round one turn at a time."""
+    rng, fair = random.Random(seed), FairQueue[int]()
+    costs: dict[str, list[tuple[int, int]]] = {}
+    for number in range(400):
+        place = Place(number, rng.choice("abcdef"), number, int(QUANTUM * 10 ** rng.uniform(-2, 2.5)))
+        fair.push(place)
+        costs.setdefault(place.tenant, []).append((number, place.cost))
+    turns = list(costs)
+    allowance = dict.fromkeys(turns, 0) | {turns[0]: QUANTUM}
+    while turns:
+        number, cost = costs[turns[0]][0]
+        if len(turns) > 1 and cost > allowance[turns[0]]:
+            turns = [*turns[1:], turns[0]]
+            allowance[turns[0]] += QUANTUM
+            continue
+        assert fair.take().entry == number
+        allowance[turns[0]] -= cost
+        costs[turns[0]].pop(0)
+        if not costs[turns[0]]:
+            turns.pop(0)
+            if turns:
+                allowance[turns[0]] += QUANTUM
+    assert not fair
 
 
 def test_a_tenant_that_floods_the_queue_does_not_hold_up_one_that_comes_later():

@@ -1,4 +1,6 @@
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,12 +9,28 @@ from baton.demo_model import demo_model
 from router.prefix_ids import MAX_LOOKS, MIN_CHARS, PrefixIds
 from router.tokenizer import Tokenizer, load_tokenizer
 
-WORDS = ["the ", "river", " is", "\n", "  wide", "é", "<|", "|>", "42", ""]
+WORDS = ["the ", "river", " is", "\n", "  wide", "é", "e", "\u0301", "\u212b", "<|", "|>", "42", ""]
+NFC = {"type": "NFC"}
+TWO_FORMS = {"type": "Sequence", "normalizers": [NFC, {"type": "NFKC"}]}
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(Path(str(demo_model())))
+def with_normalizer(normalizer: object, path: Path) -> Tokenizer:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(str(demo_model())) / name, path)
+    described = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    (path / "tokenizer.json").write_text(json.dumps(described | {"normalizer": normalizer}), encoding="utf-8")
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module", params=[None, NFC, TWO_FORMS], ids=["no normalizer", "NFC", "two"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Qwen's has a normalizer: what stands between two special tokens is normalized by itself."""
+    return with_normalizer(request.param, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("kind", [{"type": "Prepend", "prepend": "▁"}, {"type": "Lowercase"}])
+def test_where_a_normalizer_does_more_than_that_nothing_is_cut(tmp_path: Path, kind: dict[str, str]) -> None:
+    assert not with_normalizer({"type": "Sequence", "normalizers": [NFC, kind]}, tmp_path).cut_tokens
 
 
 def through(prefixes: PrefixIds, tokenizer: Tokenizer, text: str, owner: str = "") -> tuple[list[int], int]:
