@@ -100,7 +100,8 @@ def plan_command(
             said = "too many miss" if report is None else f"{report.goodput:.1%} in time"
             bar.update(task, description=f"{candidate.name} at {scale:.2f} times the trace's rate: {said}")
 
-        planner = Planner(setup, requests, limits, attainment=attainment, seed=seed, tell=tell)
+        policy = loaded.router.policy
+        planner = Planner(setup, requests, limits, policy=policy, attainment=attainment, seed=seed, tell=tell)
         rated = planner.search(gpus, profiles)
     if not rated:
         raise SpecError([f"--gpus: {gpus} is fewer than one worker of the profile has"])
@@ -129,7 +130,7 @@ def _with_replicas(spec: ClusterSpec, candidate: "Candidate") -> ClusterSpec:
 
 def plan_table(rated: "list[Rated]", title: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("workers", no_wrap=True)
+    table.add_column("workers", overflow="fold")
     for name in ("in time\nreq/s", "per\nGPU", "TTFT\np90, s", "TPOT\np90, ms", "cached", "busy, %\nP / D"):
         table.add_column(name, justify="right", min_width=max(map(len, name.split("\n"))))
     for place, each in enumerate(rated):

@@ -58,7 +58,10 @@ SloText = Annotated[
     ),
 ]
 RateScale = Annotated[float, typer.Option(help="Requests come this many times as fast as in the trace.")]
-Seed = Annotated[int, typer.Option(help="Draws the arrivals within windows of 3 s, and the router of each request.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, help="Draws the arrivals within windows of 3 s, and the router of each request."),
+]
 MaxRequests = Annotated[int | None, typer.Option(min=1, help="Only the first requests of the trace.")]
 Bandwidth = Annotated[
     float | None,
@@ -75,8 +78,13 @@ def simulate_command(
     rate_scale: RateScale = 1.0,
     seed: Seed = 0,
     routers: Annotated[
-        int, typer.Option(min=1, max=MAX_ROUTERS, help="Router replicas; each knows only what it sent itself.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_ROUTERS,
+            help="Routers, of which each knows only what it sent itself. [default: router.workers]",
+        ),
+    ] = None,
     max_requests: MaxRequests = None,
     bandwidth: Bandwidth = None,
     block_size: Annotated[

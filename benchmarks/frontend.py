@@ -37,6 +37,7 @@ import psutil
 import uvloop
 
 from baton.demo_model import demo_model
+from benchmarks._arguments import positive
 from benchmarks._bare_writes import write_floor
 from benchmarks._core_speed import CoreSpeed
 from cluster.launcher import LocalCluster
@@ -349,14 +350,14 @@ async def measure(bench: Bench, args: argparse.Namespace) -> None:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint whose tokenizer the router loads; the demo's if not given")
-    parser.add_argument("--input", type=int, default=865, help="prompt tokens")
-    parser.add_argument("--output", type=int, default=16, help="output tokens")
-    parser.add_argument("--long", type=int, default=512, help="output tokens of the long streams")
-    parser.add_argument("--requests", type=int, default=3000, help="in each row, fewer where they take longer")
-    parser.add_argument("--connections", type=int, nargs="+", default=[1, 64, 512])
-    parser.add_argument("--workers", type=int, default=1, help="workers of each role")
-    parser.add_argument("--processes", type=int, default=1, help="router.workers; the router gets as many cores")
-    parser.add_argument("--stream-interval", type=int, default=1, help="router.stream_interval")
+    parser.add_argument("--input", type=positive, default=865, help="prompt tokens")
+    parser.add_argument("--output", type=positive, default=16, help="output tokens")
+    parser.add_argument("--long", type=positive, default=512, help="output tokens of the long streams")
+    parser.add_argument("--requests", type=positive, default=3000, help="in each row, fewer where they take longer")
+    parser.add_argument("--connections", type=positive, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--workers", type=positive, default=1, help="workers of each role")
+    parser.add_argument("--processes", type=positive, default=1, help="router.workers; the router gets as many cores")
+    parser.add_argument("--stream-interval", type=positive, default=1, help="router.stream_interval")
     parser.add_argument("--step-ms", type=float, default=0.0, help="time of a worker's step")
     parser.add_argument("--ids", action="store_true", help="send token ids in place of text")
     parser.add_argument("--whole", action="store_true", help="answers in one body, not streams")

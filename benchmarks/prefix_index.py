@@ -1,11 +1,12 @@
 """The router's prefix index: store, find and remove, and bytes a block, against their targets.
 
 Sequences: each worker in turn stores a sequence of so many blocks, whose first quarter is one of four that all share;
-those sequences are looked up. Lengths: every worker holds blocks of its own and a random part of one chain of 2,048
-blocks, which is looked up: as many places where somebody's part ends as there are workers, the worst case. Trace: the
-prompts of a Mooncake trace, each stored on a random worker. Bytes are the growth of the process's resident memory while
-the index fills from hashes that are made and dropped a worker at a time. Memory is had as by a router of `baton up`: in
-huge pages where there are any.
+those sequences are looked up, and what one worker holds but for those quarters is removed. Lengths: every worker holds
+blocks of its own and a random part of one chain of 2,048 blocks, which is looked up: as many places where somebody's
+part ends as there are workers, the worst case. Trace: the prompts of a Mooncake trace, each stored on a random worker;
+what one worker holds is removed. Bytes are the growth of the process's resident memory while the index fills from
+hashes that are made and dropped a worker at a time. Memory is had as by a router of `baton up`: in huge pages where
+there are any.
 
     python -m benchmarks.prefix_index --workers 64 1024 --blocks 1000000 --trace conversation_trace.jsonl
 """
@@ -16,10 +17,12 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
+from benchmarks._arguments import positive
 from cluster.launcher import ROUTER_ENVIRON
 from router.prefix_index import PrefixIndex
 
@@ -39,12 +42,20 @@ def percentiles(index: PrefixIndex, queries: list[list[int]], count: int) -> tup
     return times[count // 2] * 1e6, times[count * 99 // 100] * 1e6
 
 
+def removal(index: PrefixIndex, slot: int, removed: Iterable[list[int]]) -> str:
+    """The speed of events that remove these blocks, all of which the slot holds."""
+    before, start = index.num_blocks(slot), time.perf_counter()
+    for hashes in removed:
+        index.apply(slot, (), hashes)
+    return f"{(before - index.num_blocks(slot)) / (time.perf_counter() - start) / 1e6:.2f} M blocks/s"
+
+
 def sequences(num_workers: int, num_blocks: int, length: int) -> None:
     rng = random.Random(0)
     index = PrefixIndex()
     slots = [index.open() for _ in range(num_workers)]
     prefixes = [[rng.getrandbits(64) for _ in range(length // 4)] for _ in range(4)]
-    queries, store_s = [], 0.0
+    queries, removed, store_s = [], [], 0.0
     for number in range(num_blocks // length):
         sequence = rng.choice(prefixes) + [rng.getrandbits(64) for _ in range(length - length // 4)]
         start = time.perf_counter()
@@ -52,11 +63,13 @@ def sequences(num_workers: int, num_blocks: int, length: int) -> None:
         store_s += time.perf_counter() - start
         if len(queries) < 500:
             queries.append(sequence)
+        if number % num_workers == 0:
+            removed.append(sequence[: length // 4 - 1 : -1])  # leaves first
     p50, p99 = percentiles(index, queries, 5000)
     target = FIND_TARGETS_US[length]
     print(f"{num_workers} workers, {number + 1} sequences of {length} blocks")
     print(f"  find: p50 {p50:.1f} us ({p50 / target:.2f} of the target), p99 {p99:.1f} us", end="")
-    print(f"; store {(number + 1) * length / store_s / 1e6:.2f} M blocks/s")
+    print(f"; store {(number + 1) * length / store_s / 1e6:.2f} M blocks/s; remove {removal(index, slots[0], removed)}")
 
 
 def lengths(num_workers: int, num_blocks: int) -> None:
@@ -81,9 +94,7 @@ def lengths(num_workers: int, num_blocks: int) -> None:
     for length, target in FIND_TARGETS_US.items():
         p50, p99 = percentiles(index, [shared[:length]], 5000)
         print(f"  find {length}: p50 {p50:.1f} us ({p50 / target:.2f} of the target), p99 {p99:.1f} us")
-    start = time.perf_counter()
-    index.apply(slot, (), own[::-1])
-    print(f"  remove {each / (time.perf_counter() - start) / 1e6:.2f} M blocks/s")
+    print(f"  remove {removal(index, slot, [own[::-1]])}")
 
 
 def replay(trace: Path, num_workers: int) -> None:
@@ -94,20 +105,25 @@ def replay(trace: Path, num_workers: int) -> None:
     with trace.open(encoding="utf-8") as lines:
         prompts = [json.loads(line)["hash_ids"] for line in lines]
     queries = [[hash((block, i)) for block in prompt for i in range(32)] for prompt in prompts[:2000]]
+    holders = [rng.choice(slots) for _ in queries]
     start = time.perf_counter()
-    for query in queries:
-        index.apply(rng.choice(slots), query)
+    for slot, query in zip(holders, queries, strict=True):
+        index.apply(slot, query)
     rate = sum(map(len, queries)) / (time.perf_counter() - start)
     p50, p99 = percentiles(index, queries, len(queries))
     print(f"{trace.name}, {len(queries)} prompts on {num_workers} workers, {index.num_hashes} blocks")
-    print(f"  store {rate / 1e6:.2f} M blocks/s; find p50 {p50:.1f} us, p99 {p99:.1f} us")
+    of_one = (query for slot, query in zip(holders, queries, strict=True) if slot == slots[0])
+    stored = dict.fromkeys(block for query in of_one for block in query)
+    leaves_first = list(stored)[::-1]
+    print(f"  store {rate / 1e6:.2f} M blocks/s; find p50 {p50:.1f} us, p99 {p99:.1f} us", end="")
+    print(f"; remove {removal(index, slots[0], [leaves_first])}")
 
 
 def main() -> None:
     default = Path(__file__).parents[2] / "shared/traces/mooncake_conversation_trace.jsonl"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[64, 1024])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    parser.add_argument("--workers", type=positive, nargs="+", default=[64, 1024])
+    parser.add_argument("--blocks", type=positive, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--trace", type=Path, default=default if default.exists() else None)
     options = parser.parse_args()
     if options.trace is not None and not options.trace.is_file():

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from baton.simulate_command import MAX_RATE_SCALE
+from baton.simulate_command import MAX_RATE_SCALE, MIN_RATE_SCALE
 from baton.step_profiles import load_profile
 from cluster.simulation.bound import goodput_bound
 from cluster.simulation.report import Slo, make_report
@@ -111,7 +111,7 @@ def half_load(case: Case) -> float:
     """The rate scale at which round robin serves half of the requests in time, within 1 %: its goodput falls with the
     rate."""
     low, high, scale = 0.0, math.inf, case.rate_scale
-    while scale < MAX_RATE_SCALE:
+    while MIN_RATE_SCALE < scale < MAX_RATE_SCALE:
         goodput = run_all([replace(case, rule="round_robin", rate_scale=scale)], 1)[0]["goodput"]
         if abs(goodput - 0.5) <= 0.01 or high <= 1.005 * low:
             return scale
@@ -120,7 +120,8 @@ def half_load(case: Case) -> float:
         else:
             high = scale
         scale = (low + high) / 2 if high < math.inf else 2 * low
-    raise SystemExit("round robin serves more than half of the requests in time at any rate: say --rate-scale")
+    share = "more" if low else "less"
+    raise SystemExit(f"round robin serves {share} than half of the requests in time at any rate: say --rate-scale")
 
 
 def compare(base: Case, rules: Sequence[str], seeds: Sequence[int], processes: int) -> list[dict[str, Any]]:

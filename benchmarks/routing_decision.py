@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks._arguments import positive
 from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, WorkerState
 from router.placement import Placed, Placement, PlacementConfig
@@ -120,9 +121,9 @@ def measure(num_workers: int, num_requests: int, num_tokens: int, num_reports: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--requests", type=int, default=3000)
-    parser.add_argument("--tokens", type=int, default=12_000, help="of a prompt")
+    parser.add_argument("--workers", type=positive, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--requests", type=positive, default=3000)
+    parser.add_argument("--tokens", type=positive, default=12_000, help="of a prompt")
     parser.add_argument("--reports", type=int, default=10, help="workers that report between two requests")
     parser.add_argument("--ragged", action="store_true", help="every worker holds another part of a prefix")
     options = parser.parse_args()

@@ -17,8 +17,11 @@ class SpecError(Exception):
     """The spec cannot be used. `problems` holds one line for each thing to correct."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__(problems)  # as it is made: so processes can hand it to each other
         self.problems = list(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 def explain(errors: Sequence[ErrorDetails], schema: Mapping[str, Any]) -> list[str]:

@@ -161,12 +161,12 @@ class Metrics:
         )
         behind = GaugeMetricFamily(
             "baton_worker_index_blocks_behind",
-            "Blocks cached on a worker by its last report, less those the index has of it.",
+            "Blocks by which the index of a worker and what it has cached, by its last report, differ.",
             labels=["worker_id"],
         )
         for worker_id, lag_s, num_behind in index.index_lags():
             lag.add_metric([worker_id], lag_s)
-            behind.add_metric([worker_id], num_behind)
+            behind.add_metric([worker_id], abs(num_behind))  # of several processes the largest is shown
         yield lag
         yield behind
 

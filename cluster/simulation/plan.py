@@ -78,7 +78,7 @@ class Rated:
 
 
 class Planner:
-    """`setup` makes the cluster of a candidate; `tell` hears of each simulation that is over."""
+    """`setup` makes the cluster of a candidate; `policy` is its name in reports. `tell` hears of each simulation."""
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class Planner:
         trace: Trace,
         slo: Slo,
         *,
+        policy: str,
         attainment: float = 0.9,
         seed: int = 0,
         tell: Callable[[Candidate, float, Report | None], None] | None = None,
@@ -93,6 +94,7 @@ class Planner:
         self._setup = setup
         self._trace = trace
         self._slo = slo
+        self._policy = policy
         self._attainment = attainment
         self._seed = seed
         self._tell = tell
@@ -160,7 +162,8 @@ class Planner:
         result = Simulation(setup, self._trace, seed=seed, rate_scale=scale, watch=watch).run()
         report = None
         if missed <= allowed:
-            report = make_report(result, trace=self._trace.name, policy="", seed=seed, rate_scale=scale, slo=self._slo)
+            name, limits = self._trace.name, self._slo
+            report = make_report(result, trace=name, policy=self._policy, seed=seed, rate_scale=scale, slo=limits)
         if self._tell is not None:
             self._tell(candidate, scale, report)
         return report

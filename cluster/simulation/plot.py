@@ -34,10 +34,12 @@ def save_plot(path: Path, result: Result, report: Report) -> None:
 
 
 def _distribution(axes: Axes, values: list[float], limit: float, label: str) -> None:
-    axes.set(xlabel=label, ylabel="share of requests", xscale="log", ylim=(0, 1))
+    scale = "log" if any(values) else "linear"  # answers of one token have no time for each later one
+    axes.set(xlabel=label, ylabel="share of requests", xscale=scale, ylim=(0, 1))
     if values:
         axes.plot(np.sort(values), np.linspace(0, 1, len(values)))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    if scale == "log":
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     axes.axvline(limit, color="black", linestyle=":", label=f"limit {limit:g} s")

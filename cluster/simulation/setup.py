@@ -44,11 +44,11 @@ def make_setup(
     *,
     policy: Callable[[], RoutingPolicy],
     speed: TransferSpeed | None = None,
-    num_routers: int = 1,
+    num_routers: int | None = None,
     block_size: int | None = None,
 ) -> Setup:
-    """`profiles` by role. `speed` None: that of the decode workers' profile. `block_size` None: the spec's, but at
-    least MIN_BLOCK_SIZE."""
+    """`profiles` by role. `speed` None: that of the decode workers' profile. `num_routers` None: the processes of the
+    spec's router. `block_size` None: the spec's, but at least MIN_BLOCK_SIZE."""
     measured = profiles["decode"].measured
     if speed is None and measured.transfer is None:
         raise SpecError(["--bandwidth: is needed, for the profile does not say how fast KV travels"])
@@ -63,7 +63,7 @@ def make_setup(
         placement=placement_config(spec.router),
         ttft_s=spec.router.slo.ttft_s,
         tpot_s=spec.router.slo.tpot_s,
-        num_routers=num_routers,
+        num_routers=num_routers or spec.router.workers,
         lease_s=spec.transfer.lease_s,
     )
 

@@ -1,4 +1,5 @@
 import random
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -300,3 +301,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_long_value_is_cut_in_the_message() -> None:
     (problem,) = problems({"name": "x" * 10_000})
     assert len(problem) < 300
+
+
+def test_an_error_is_the_same_after_another_process_has_raised_it() -> None:
+    with ProcessPoolExecutor(1) as pool, pytest.raises(SpecError, match=r"^a: is wrong\nb: is missing$") as raised:
+        pool.submit(_fail, ["a: is wrong", "b: is missing"]).result()
+    assert raised.value.problems == ["a: is wrong", "b: is missing"]
+
+
+def _fail(problems: list[str]) -> None:
+    raise SpecError(problems)

@@ -113,6 +113,7 @@ def test_plan_prints_every_candidate_and_a_verdict(
     assert "at 3 draws of the arrivals, rates searched in steps of 5%:" in said
     assert [len(each["goodput_per_s_per_gpu_draws"]) for each in candidates] == [3, 3]
     assert "other TP sizes than 1 are not searched" in said
+    assert {each["report"]["policy"] for each in candidates} == {"prefix_aware"}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def test_plan_prints_every_candidate_and_a_verdict(
         (["--slo", "ttft=2"], "--slo: 'ttft=2' is not allowed; allowed: both in seconds"),
         (["--policy", "best"], "--policy: 'best' is not known; allowed: prefix_aware, round_robin"),
         (["--slo", "ttft=nan,tpot=1"], "--slo: 'ttft=nan,tpot=1' is not allowed"),
+        (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--rate-scale", "0"], "--rate-scale: 0 is not allowed"),
         (["--rate-scale", "nan"], "--rate-scale: nan is not allowed; allowed: from 0.001 to 1000000"),
         (["--rate-scale", "1e-308"], "--rate-scale: 1e-308 is not allowed"),
@@ -166,6 +168,28 @@ def test_one_request_cannot_be_planned_for(
     args = ("plan", spec_file, "--trace", trace_file, "--gpus", 2, "--max-requests", 1)
     assert baton(monkeypatch, *args) == 2
     assert "holds one request" in capsys.readouterr().err
+
+
+def test_as_many_routers_are_simulated_as_the_spec_has_processes(
+    spec_file: Path, trace_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    spec_file.write_text(yaml.safe_dump(SPEC | {"router": {"workers": 3}}))
+    for args, num_routers in ((), 3), (("--routers", 1), 1):
+        assert baton(monkeypatch, "simulate", spec_file, "--trace", trace_file, "--json", out, *args) == 0
+        assert json.loads(out.read_text())["routers"] == num_routers
+
+
+@pytest.mark.filterwarnings("error")
+def test_answers_of_one_token_are_drawn(
+    spec_file: Path, trace_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    row = {"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}
+    trace_file.write_text("\n".join([json.dumps(row)] * 3))
+    picture = tmp_path / "out.png"
+    assert baton(monkeypatch, "simulate", spec_file, "--trace", trace_file, "--plot", picture) == 0
+    assert picture.stat().st_size > 0
 
 
 @pytest.mark.parametrize("engine", ["torch", "simulated"])

@@ -1,13 +1,15 @@
 """The search of a plan, with profiles of straight lines."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from baton.plan_command import verdict
+from baton.plan_command import plan_table, verdict
 from cluster.simulation.plan import NUM_DRAWS, PRECISION, Candidate, Planner, Rated
 from cluster.simulation.report import Report, Slo
 from cluster.simulation.router import Outcome
@@ -39,7 +41,18 @@ def setup(candidate: Candidate) -> Setup:
 
 def planner(tried: list[tuple[Candidate, float, Report | None]]) -> Planner:
     trace = random_trace(7, num_requests=100)
-    return Planner(setup, trace, SLO, tell=lambda *said: tried.append(said))
+    return Planner(setup, trace, SLO, policy="prefix_aware", tell=lambda *said: tried.append(said))
+
+
+def test_a_narrow_table_folds_names_and_drops_no_column() -> None:
+    rated = planner([]).search(3, [profile(1), profile(2)])
+    out = Console(file=io.StringIO(), width=80)
+    out.print(plan_table(rated, "t"))
+    assert isinstance(out.file, io.StringIO)
+    said = out.file.getvalue()
+    assert "P / D" in said
+    assert "..." not in said
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +130,9 @@ def test_a_run_stops_with_the_first_request_that_misses_beyond_what_may(
             super().__init__(*args, **options, watch=lambda outcome: heard.append(outcome) or watch(outcome))
 
     monkeypatch.setattr("cluster.simulation.plan.Simulation", Heard)
-    never = Planner(setup, random_trace(7, num_requests=100), Slo(0.0, 0.0), attainment=attainment)
+    never = Planner(
+        setup, random_trace(7, num_requests=100), Slo(0.0, 0.0), policy="prefix_aware", attainment=attainment
+    )
     candidate = Candidate(1, 1, profile(1), profile(1))
     assert never._try(candidate, setup(candidate), 1.0, 0) is None
     assert len(heard) == num_heard

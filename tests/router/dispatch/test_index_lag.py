@@ -53,6 +53,8 @@ async def test_lag_and_missing_blocks_of_each_worker_are_shown() -> None:
         it["p0"].hashes += [4, 5]  # the worker holds what no event tells of
         await it.signal.until(lambda: seen("baton_worker_index_blocks_behind", {"worker_id": "p0"}) == 2)
         assert seen("baton_worker_index_blocks_behind", {"worker_id": "d0"}) == 0
+        it["p0"].hashes.clear()  # nor that it holds less: above 0, too, or another process's 0 would hide it
+        await it.signal.until(lambda: seen("baton_worker_index_blocks_behind", {"worker_id": "p0"}) == 3)
         await it["p0"].kill()
         await it.signal.until(lambda: not it.known("p0")["attached"])
         assert seen("baton_worker_index_lag_seconds", {"worker_id": "p0"}) is None
