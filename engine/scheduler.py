@@ -2,7 +2,8 @@
 
 Owned by the engine; pure: no clock, no randomness. Everything goes by (priority, turn, arrival), lower first: tenants
 whose prompts wait take turns (engine/turns.py). Each step gives every decoding sequence its token, then spends the rest
-of the budget on prompts in order, then admits waiting ones in order: a prompt that does not fit yet is never bypassed.
+of the budget on prompts in order, then admits waiting ones in order: a prompt that does not fit yet is never bypassed,
+but one whose beginning a running sequence computes right now lets others go first and finds it cached afterwards.
 Admission takes all blocks the known tokens need, so only decoding can run short; then the last running sequence gives
 its blocks up and waits again in its old place. The first one is never preempted and fits alone, so it finishes, and
 then the next is first: nobody starves.
@@ -13,7 +14,7 @@ that a step in flight uses are not taken away, so nothing is preempted then: the
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
@@ -27,6 +28,11 @@ from engine.step_model import StepWork, num_pairs
 from engine.turns import Turns
 
 by_key = attrgetter("key")
+
+# What has to be computed for another sequence anyway is worth waiting for from so many tokens on: for fewer, a step of
+# its own costs more than computing them again.
+_MIN_SHARED_TOKENS = 256
+_MAX_BYPASSED = 32  # waiting sequences looked at in one plan that wait for another one's blocks
 
 
 class Schedulable(Protocol):
@@ -107,8 +113,12 @@ class Scheduler(Generic[S]):
 
     def add(self, sequence: S) -> None:
         """Queue a sequence in its place."""
+        hashes = self._reusable(sequence)
+        ahead = _num_shared(
+            hashes, self._kv.num_likely(hashes), itertools.chain(self.running, self.waiting), self._kv.block_size
+        )
         insort(self.waiting, sequence, key=by_key)
-        sequence.num_likely_tokens = self._kv.num_likely(self._reusable(sequence)) * self._kv.block_size
+        sequence.num_likely_tokens = ahead * self._kv.block_size
         self._count(sequence, 1)
 
     def join(self, sequence: S) -> None:
@@ -197,8 +207,12 @@ class Scheduler(Generic[S]):
         self.add(sequence)
 
     def _admit(self, plan: Plan[S], budget: int) -> None:
-        while budget > 0 and self.waiting and len(self.running) < self._config.max_num_seqs:
-            sequence = self.waiting[0]
+        bypassed = 0
+        while budget > 0 and bypassed < len(self.waiting) and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[bypassed]
+            if bypassed < _MAX_BYPASSED and self._is_being_computed(sequence):
+                bypassed += 1
+                continue
             if not self._reserve(sequence):
                 self.short_of_blocks = True
                 return
@@ -207,6 +221,13 @@ class Scheduler(Generic[S]):
             self.turns.reached(sequence.key[1])
             plan.started.append(sequence)
             budget -= self._compute(sequence, budget, plan)
+
+    def _is_being_computed(self, sequence: S) -> bool:
+        """Whether what it lacks is worth waiting for, as running sequences compute it."""
+        hashes = self._reusable(sequence)
+        cached = self._kv.num_likely(hashes)
+        shared = _num_shared(hashes, cached, self.running, self._kv.block_size)
+        return (shared - cached) * self._kv.block_size >= _MIN_SHARED_TOKENS
 
     def _reserve(self, sequence: S) -> bool:
         """Blocks for all tokens, or none: those of the longest cached prefix, and fresh ones.
@@ -251,3 +272,14 @@ class Scheduler(Generic[S]):
         if num_tokens > 0:
             plan.work.append((sequence, num_tokens))
         return num_tokens
+
+
+def _num_shared(hashes: Sequence[int], num_cached: int, others: Iterable[Schedulable], block_size: int) -> int:
+    """How many leading blocks are cached, or another one's, too."""
+    shared, wanted = num_cached, len(hashes)
+    for other in others:
+        theirs = other.hashes
+        if shared < len(theirs) and shared < wanted and theirs[shared] == hashes[shared]:
+            end = min(wanted, len(theirs), other.num_tokens // block_size)
+            shared = bisect_left(range(end), True, lo=shared, key=lambda place: theirs[place] != hashes[place])
+    return shared

@@ -36,7 +36,8 @@ class RetryConfig:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What requests should take, from their arrival: those that no worker can serve so are refused at once."""
+    """What requests that do not say it themselves should take, from their arrival: those that no worker can serve so
+    are refused at once."""
 
     ttft_s: float | None = None  # until the first token; None: any time
     tpot_s: float | None = None  # for each later one
@@ -74,7 +75,9 @@ class Flight:
         self._owner = owner
         self._config = config
         self._hints = hints
-        self._slo = slo
+        self._slo = Slo(
+            slo.ttft_s if hints.ttft_s is None else hints.ttft_s, slo.tpot_s if hints.tpot_s is None else hints.tpot_s
+        )
         self._chain_seed = chain_seed
         self._clock = clock
         self._hashes: dict[int, list[int]] = {}  # by block size, of the tokens the next attempt submits

@@ -8,6 +8,7 @@ default: with API keys configured, only liveness and readiness answer without on
 import hashlib
 import hmac
 import logging
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -206,7 +207,12 @@ class Front:
             timeline=self._config.show_timeline and exchange.headers.get(b"x-baton-timeline") == b"1",
             long=long,
             # Names are a key's own: no client takes the turns or the session of another key's.
-            hints=RouteHints(_name(exchange, b"x-session-id"), tenant + _name(exchange, b"x-tenant-id")),
+            hints=RouteHints(
+                _name(exchange, b"x-session-id"),
+                tenant + _name(exchange, b"x-tenant-id"),
+                _limit(exchange, b"x-slo-ttft-ms"),
+                _limit(exchange, b"x-slo-tpot-ms"),
+            ),
         )
 
     async def _decoded(self, exchange: Exchange, kind: type[Body], share: Share) -> tuple[Body, bool]:
@@ -316,6 +322,21 @@ class Front:
 def _name(exchange: Exchange, header: bytes) -> str:
     """A header's value, of which the router keeps so much; empty where it was not sent."""
     return exchange.headers.get(header, b"")[:MAX_NAME_BYTES].decode("latin-1")
+
+
+def _limit(exchange: Exchange, header: bytes) -> float | None:
+    """Seconds, from a header that has milliseconds; None where it was not sent. Raises ApiError 400."""
+    value = exchange.headers.get(header)
+    if value is None:
+        return None
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = math.nan
+    if not 0.0 < milliseconds < math.inf:
+        name = header.decode()
+        raise ApiError(400, f"{name} must be a positive number of milliseconds", param=name, code="invalid_header")
+    return milliseconds / 1000.0
 
 
 def _check_head(scope: Scope) -> None:

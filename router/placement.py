@@ -16,6 +16,7 @@ from protos import worker_pb2 as pb
 from router.admission import Admission, AdmissionConfig
 from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation, WorkerState
+from router.coming_prefixes import ComingPrefixes
 from router.fairness import cost_of
 from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
@@ -93,6 +94,7 @@ class Placement(Generic[C]):
         self._states: dict[str, WorkerState] = {}
         self._table = WorkerTable()
         self._fresh: list[C] = []  # added since the last pump: as many are refused at most
+        self._coming = ComingPrefixes()
         self._affinity = Affinity()
         self._turns: dict[C, Turn] = {}  # of sessions, by the candidate that was placed
 
@@ -131,11 +133,13 @@ class Placement(Generic[C]):
         if state is not None:
             self._table.remove(state)
             self._index.close(self._slots.pop(worker_id))
+            self._coming.forget(worker_id)
 
     def apply(self, worker_id: str, event: KvEvent) -> None:
         """One KV event of an attached worker."""
         if event.cleared:
             self._index.close(self._slots[worker_id])
+            self._coming.forget(worker_id)
             self._open_slot(self._states[worker_id])
         # A slice, as one of a message's fields is a list, which is read in half the time.
         self._index.apply(self._slots[worker_id], event.stored[:], event.removed[:])
@@ -231,6 +235,11 @@ class Placement(Generic[C]):
         demand = self._table.demand
         where = demand.on_decode if decision.prefill is None else demand.on_prefill
         where.placed(decision.prefill_s, self._table.now)
+        if self._policy.uses_hits:
+            worker_id = decision.prefill or decision.decode
+            block_size = self._states[worker_id].description.block_size
+            hashes, now = candidate.hashes(block_size), self._table.now
+            self._coming.placed(worker_id, hashes, block_size, decision.hit_tokens, decision.ttft_s, now)
         if facts.session and self._policy.uses_hits:
             block_size = self._states[decision.decode].description.block_size
             hashes = candidate.hashes(block_size)
@@ -244,8 +253,13 @@ class Placement(Generic[C]):
         hits: Floats = np.zeros(self._index.num_slots)
         if self._policy.uses_hits and candidate.reusable:
             for block_size in self._table.block_sizes:
-                for num_blocks, mask in self._index.match(candidate.hashes(block_size)):
+                hashes = candidate.hashes(block_size)
+                for num_blocks, mask in self._index.match(hashes):
                     hits[bits(mask)] = num_blocks * block_size
+                for worker_id, num_tokens in self._coming.find(hashes, block_size, self._table.now).items():
+                    slot = self._slots.get(worker_id)
+                    if slot is not None and hits[slot] < num_tokens:
+                        hits[slot] = num_tokens
             if facts.session:
                 self._count_session(candidate, facts, hits)
         return hits

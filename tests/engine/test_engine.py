@@ -374,10 +374,15 @@ def test_group_announcements_reach_the_caller() -> None:
     assert groups == [0]
 
 
+@pytest.mark.parametrize("min_shared", [2, 256])
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
-def test_every_request_finishes_with_the_right_tokens_whatever_happens_around_it(seed: int, max_in_flight: int) -> None:
-    """Tiny pool, random arrivals, priorities, end tokens, cancellations, and strangers that write into their blocks."""
+def test_every_request_finishes_with_the_right_tokens_whatever_happens_around_it(
+    seed: int, max_in_flight: int, min_shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiny pool, random arrivals, priorities, end tokens, cancellations, strangers that write into their blocks, and
+    prompts that wait for what others compute."""
+    monkeypatch.setattr("engine.scheduler._MIN_SHARED_TOKENS", min_shared)
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4])
     engine, executor = make_engine(
@@ -507,6 +512,21 @@ def test_a_penalty_waits_for_the_tokens_it_counts() -> None:
     engine.submit(make_request("a", 5, max_tokens=6, frequency_penalty=0.5))
     finish(engine)
     assert seen == [0] * 6
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_prefix_that_comes_several_times_at_once_is_computed_once(max_in_flight: int) -> None:
+    engine, executor = make_engine(
+        num_blocks=1000, vocab_size=1000, max_model_len=900, max_batch_tokens=800, max_in_flight=max_in_flight
+    )
+    requests = [make_request(name, num_tokens) for name, num_tokens in (("a", 500), ("b", 520), ("c", 540))]
+    for request in requests:
+        engine.submit(request)
+    outputs = finish(engine)
+    prompts = [(name, start) for each in executor.steps for name, start, count in each if count > 1]
+    assert prompts == [("a", 0), ("b", 500), ("c", 500)]
+    for request in requests:
+        assert len(tokens(outputs[request.id])) == 4
 
 
 def test_a_prompt_to_be_handed_over_is_not_decoded_meanwhile() -> None:

@@ -246,3 +246,54 @@ def test_a_tenants_turn_does_not_come_before_a_higher_priority() -> None:
     bench.add("a1", 16, tenant="a", first=1)
     bench.add("b0", 16, tenant="b", priority=1, first=2)
     assert [*bench.step()] == ["a1"]
+
+
+def test_what_another_sequence_computes_is_awaited_and_others_go_first() -> None:
+    bench = Bench(num_blocks=2000, max_batch_tokens=1000, max_num_seqs=8)
+    bench.add("a", 600)
+    assert bench.scheduler.num_uncached_tokens == 600
+    bench.add("b", 640)
+    bench.add("c", 700)
+    bench.add("d", 100, first=1)
+    assert bench.scheduler.num_uncached_tokens == 600 + 40 + 60 + 100
+    assert bench.step() == {"a": 600, "d": 100}
+    assert bench.waiting() == ["b", "c"]
+    assert bench.step() == {"a": 1, "d": 1, "b": 40, "c": 100}
+
+
+def test_a_prompt_that_takes_several_steps_is_awaited_to_the_last() -> None:
+    bench = Bench(num_blocks=2000, max_batch_tokens=500, max_num_seqs=8)
+    bench.add("a", 1400)
+    bench.add("b", 1500)
+    assert [bench.step() for _ in range(3)] == [{"a": 500}, {"a": 500}, {"a": 400}]
+    assert bench.step() == {"a": 1, "b": 100}
+
+
+@pytest.mark.parametrize(("shared", "together"), [(252, True), (256, False)])
+def test_what_is_computed_faster_than_awaited_is_computed_again(shared: int, together: bool) -> None:
+    bench = Bench(num_blocks=2000, max_batch_tokens=1000, max_num_seqs=8)
+    bench.add("a", shared)
+    bench.add("b", shared + 10)
+    assert bench.step() == {"a": shared, **({"b": shared + 10} if together else {})}
+
+
+def test_nobody_waits_for_a_sequence_that_left_or_was_cached_or_computes_all_of_it_anyway() -> None:
+    bench = Bench(num_blocks=2000, max_batch_tokens=1000, max_num_seqs=8)
+    left = bench.add("a", 600)
+    bench.scheduler.plan()
+    bench.finish(left)
+    bench.add("b", 640)
+    assert bench.step() == {"b": 640}
+    bench.add("c", 700)
+    bench.add("d", 640, prompt_logprobs=0)
+    assert bench.step() == {"b": 1, "c": 60, "d": 640}
+
+
+def test_few_are_passed_over_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.scheduler._MAX_BYPASSED", 2)
+    bench = Bench(num_blocks=8000, max_batch_tokens=4000, max_num_seqs=8)
+    for name in "abcd":
+        bench.add(name, 600)
+    bench.add("e", 100, first=1)
+    assert bench.step() == {"a": 600, "d": 600, "e": 100}
+    assert bench.step() == {"a": 1, "d": 1, "e": 1, "b": 4, "c": 4}

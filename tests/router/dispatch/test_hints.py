@@ -5,6 +5,7 @@ import pytest
 from router.admission import AdmissionConfig
 from router.flight import Slo
 from router.generation import Overloaded, RouteHints
+from router.policies import PrefixAware
 from tests.router.dispatch.cluster import EXPECTED, Gate, cluster, collect, fail_once
 from tests.router.dispatch.fake_worker import FakeError
 
@@ -19,6 +20,23 @@ async def test_a_request_that_cannot_be_in_time_is_refused_at_once():
         await it.until_quiet()
     async with cluster(1, 1, slo=Slo(ttft_s=60.0, tpot_s=60.0)) as it:
         assert await collect(it.start()) == EXPECTED
+
+
+async def test_what_a_request_says_of_its_time_counts_more_than_what_the_deployment_does(monkeypatch):
+    limits: list[tuple[float | None, float | None]] = []
+    choose = PrefixAware.choose
+
+    def spy(policy, facts, hits, table):
+        limits.append((facts.ttft_s, facts.tpot_s))
+        return choose(policy, facts, hits, table)
+
+    monkeypatch.setattr(PrefixAware, "choose", spy)
+    async with cluster(1, 1, slo=Slo(ttft_s=60.0)) as it:
+        for hints in (RouteHints(), RouteHints(tpot_s=7.0), RouteHints(ttft_s=90.0, tpot_s=8.0)):
+            assert await collect(it.start(hints=hints)) == EXPECTED
+        with pytest.raises(Overloaded):
+            it.start(hints=RouteHints(ttft_s=1e-9))
+    assert limits == [(60.0, None), (60.0, 7.0), (90.0, 8.0), (1e-9, None)]
 
 
 async def test_a_request_that_waits_is_refused_when_it_cannot_be_in_time_any_more():

@@ -46,6 +46,7 @@ def test_the_index_follows_events_clears_and_new_lives():
     prompt = chain(1, 1600)
 
     def hit() -> tuple[str | None, int]:
+        it.clock.now += 60.0  # what was on its way has come
         it.report("p0")
         it.report("p1")
         placed = it.place(1600, prompt)
@@ -165,10 +166,12 @@ def test_the_next_turn_of_a_session_goes_where_the_last_one_was_before_the_index
         return placed
 
     first = turn(3200, session="s")
+    it.clock.now += 60.0  # by then the prompt alone is not believed to be there any more
     turn(3200)
     second = turn(4800, session="s")
     assert second.decision.prefill == first.decision.prefill
     assert second.decision.hit_tokens == 3200
+    it.clock.now += 60.0
     assert turn(4800, session="s", tenant="another").decision.hit_tokens == 0
     it.placement.release(first.candidate, 100)
     it.placement.release(second.candidate, 160)
@@ -215,6 +218,7 @@ def test_a_session_that_paused_is_believed_to_be_where_the_index_says():
 def test_a_prompt_that_does_not_begin_with_the_last_turn_has_no_hits_whatever_session_it_names(prompt):
     it = Cluster(["p0", "d0"])
     it.place(3200, chain(1, 3200), session="s")
+    it.clock.now += 60.0
     placed = it.place(len(prompt) * BLOCK, prompt, session="s")
     assert placed.decision.hit_tokens == 0
     assert placed.on_decode.blocks == -(-(len(prompt) * BLOCK + 200) // BLOCK)

@@ -25,3 +25,13 @@ async def test_without_a_header_the_tenant_is_the_keys(tokenizer: Tokenizer) -> 
     first, again, other, named = (hints.tenant for hints in server.generator.hints)
     assert first == again != other
     assert named == first + "t"
+
+
+async def test_headers_say_what_a_request_should_take(tokenizer: Tokenizer) -> None:
+    async with running(tokenizer, saying(tokenizer, "sea")) as server:
+        await server.post("/v1/completions", {"prompt": "x"}, "X-SLO-TTFT-MS: 1500", "x-slo-tpot-ms: 12.5")
+        await server.post("/v1/completions", {"prompt": "x"}, "x-slo-tpot-ms: 40")
+        for value in ("", "soon", "0", "-1", "nan", "inf", "é"):
+            status, _, refusal = await server.post("/v1/completions", {"prompt": "x"}, f"x-slo-ttft-ms: {value}")
+            assert (status, refusal["error"]["param"]) == (400, "x-slo-ttft-ms")
+    assert server.generator.hints == [RouteHints(ttft_s=1.5, tpot_s=0.0125), RouteHints(tpot_s=0.04)]

@@ -1,0 +1,89 @@
+"""What workers are about to hold: beginnings of prompts on their way, which the index cannot know yet.
+
+Owned by the placement, which asks beside the index. Requests that come together and begin alike, as those of several
+agents at work on one document do, would otherwise each be taken for new work, wherever they go. Whoever computes one of
+them is believed to hold its beginning from the decision on until a moment after the first token is expected; then the
+index knows. It is only a guess: of every `STRIDE_TOKENS` tokens one block is looked at, and of what is computed on many
+workers only some are remembered.
+"""
+
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from itertools import count
+
+STRIDE_TOKENS = 512
+_MAX_PROMPTS = 8  # of those that have a block; more would cost each decision time and win nobody any
+_LATE_S = 2.0  # after the first token is expected
+
+
+class _Prompt:
+    __slots__ = ("__weakref__", "alone", "hashes", "worker_id")
+
+    def __init__(self, worker_id: str, hashes: Sequence[int]) -> None:
+        self.worker_id = worker_id
+        self.hashes = hashes
+        self.alone: tuple[_Prompt, ...] = (self,)  # what is kept for blocks of no other
+
+
+class ComingPrefixes:
+    """Hashes are of full blocks of `block_size` tokens, those of a whole prompt; times by one clock."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[int, tuple[_Prompt, ...]] = {}  # by block, the latest last
+        self._ends: list[tuple[float, int, _Prompt]] = []  # heap
+        self._numbers = count()
+
+    def placed(
+        self, worker_id: str, hashes: Sequence[int], block_size: int, hit_tokens: int, ttft_s: float, now: float
+    ) -> None:
+        """A worker that lacks what comes after `hit_tokens` computes a prompt, the first token after `ttft_s`."""
+        stride = _stride(block_size)
+        lacking = hashes[stride - 1 :: stride][hit_tokens // (stride * block_size) :]
+        if not lacking:
+            return
+        prompt, prompts = _Prompt(worker_id, lacking), self._prompts
+        for block_hash in lacking:
+            others = prompts.get(block_hash)
+            prompts[block_hash] = prompt.alone if others is None else (*others[1 - _MAX_PROMPTS :], prompt)
+        heappush(self._ends, (now + ttft_s + _LATE_S, next(self._numbers), prompt))
+
+    def find(self, hashes: Sequence[int], block_size: int, now: float) -> dict[str, int]:
+        """Tokens of the prompt that each worker soon holds."""
+        while self._ends and self._ends[0][0] <= now:
+            self._forget(heappop(self._ends)[2])
+        stride, prompts = _stride(block_size), self._prompts
+        wanted = hashes[stride - 1 :: stride]
+        if prompts.keys().isdisjoint(wanted):
+            return {}
+        found: dict[str, int] = {}
+        for place, block_hash in enumerate(wanted, 1):
+            for prompt in prompts.get(block_hash, ()):
+                found[prompt.worker_id] = place * stride * block_size
+        return found
+
+    def forget(self, worker_id: str) -> None:
+        """It has lost what it was about to hold."""
+        for _, _, prompt in self._ends:
+            if prompt.worker_id == worker_id:
+                self._forget(prompt)
+        self._ends = [end for end in self._ends if end[2].worker_id != worker_id]
+        heapify(self._ends)
+
+    def _forget(self, prompt: _Prompt) -> None:
+        prompts = self._prompts
+        for block_hash in prompt.hashes:
+            having = prompts.get(block_hash)
+            if having is prompt.alone:
+                del prompts[block_hash]
+            elif having is not None:
+                left = tuple(each for each in having if each is not prompt)
+                if left:
+                    prompts[block_hash] = left
+                else:
+                    del prompts[block_hash]
+        prompt.alone = ()  # it has been one of its own
+
+
+def _stride(block_size: int) -> int:
+    """In blocks."""
+    return max(1, STRIDE_TOKENS // block_size)
