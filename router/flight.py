@@ -43,6 +43,10 @@ class Slo:
     tpot_s: float | None = None  # for each later one
 
 
+_NO_LIMITS = Slo()
+_NOBODY: frozenset[str] = frozenset()
+
+
 class FlightOwner(Protocol):
     def flight_waits(self, flight: "Flight") -> None:
         """An attempt failed; the flight wants another."""
@@ -75,13 +79,11 @@ class Flight:
         self._owner = owner
         self._config = config
         self._hints = hints
-        self._slo = Slo(
-            slo.ttft_s if hints.ttft_s is None else hints.ttft_s, slo.tpot_s if hints.tpot_s is None else hints.tpot_s
-        )
+        self._slo = slo if hints.ttft_s is None and hints.tpot_s is None else _stated(hints, slo)
         self._chain_seed = chain_seed
         self._clock = clock
         self._hashes: dict[int, list[int]] = {}  # by block size, of the tokens the next attempt submits
-        self._excluded: frozenset[str] = frozenset()
+        self._excluded = _NOBODY
         self._num_fruitless = 0
         self._attempt: Attempt | None = None
         self._retry_timer: asyncio.TimerHandle | None = None
@@ -101,7 +103,7 @@ class Flight:
 
     def facts(self) -> RequestFacts:
         request = self._request
-        slo = Slo() if self.stream.decisions else self._slo  # one that has begun is not refused
+        slo = _NO_LIMITS if self.stream.decisions else self._slo  # one that has begun is not refused
         return RequestFacts(
             num_tokens=len(request.token_ids),
             max_new_tokens=self.stream.num_left,
@@ -204,6 +206,11 @@ class Flight:
             self._attempt.abort()
             self._attempt = None
         self._owner.flight_over(self)
+
+
+def _stated(hints: RouteHints, slo: Slo) -> Slo:
+    ttft_s = slo.ttft_s if hints.ttft_s is None else hints.ttft_s
+    return Slo(ttft_s, slo.tpot_s if hints.tpot_s is None else hints.tpot_s)
 
 
 def _submit_message(request: Request) -> pb.Submit:

@@ -174,8 +174,9 @@ class TokenStream:
         return taken[0]
 
     async def aclose(self) -> None:
-        if self._on_close is not None:
-            self._on_close()
+        on_close, self._on_close = self._on_close, None  # whose it is has this stream, too
+        if on_close is not None:
+            on_close()
         if self.token_ids and self.timeline.last_token is None:
             self.timeline.last_token = self._clock()
         self._disarm()

@@ -1,4 +1,6 @@
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -241,3 +243,18 @@ async def test_closing_the_dispatcher_fails_what_runs_and_leaves_nothing_on_work
         await it.signal.until(lambda: not it["d0"].jobs and not it["p0"].jobs)
         with pytest.raises(Overloaded, match="shutting down"):
             it.start()
+
+
+async def test_a_request_that_is_over_leaves_no_cycle_that_has_to_be_collected():
+    gc.disable()
+    try:
+        async with cluster(1, 1) as it:
+            stream = it.start()
+            (flight,) = map(weakref.ref, it.dispatcher._flights)
+            assert await collect(stream) == EXPECTED
+            await stream.aclose()
+            await it.until_quiet()
+            del stream
+            assert flight() is None
+    finally:
+        gc.enable()
