@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # numpy and the router are imported when the command runs
     from cluster.simulation.simulation import Setup
     from engine.step_profile import StepProfile
 
+FEW_REQUESTS, FEW_SECONDS = 100, 30.0  # of a trace, below which the arrivals drawn decide more than the split
+
 
 def plan_command(
     spec: SpecFile,
@@ -109,6 +111,9 @@ def plan_command(
     out.print(plan_table(rated, f"{requests.name}, {gpus} GPUs, {attainment:.0%} within {slo}"))
     for line in verdict(rated, profiles):
         out.print(line)
+    if len(requests.requests) < FEW_REQUESTS or requests.seconds < FEW_SECONDS:
+        few = f"{len(requests.requests)} requests in {requests.seconds:.0f} s"
+        out.print(f"the trace has only {few}: what it says of rates is mostly chance", style="yellow")
     if json_file is not None:
         json_file.write_text(json.dumps([_data(each) for each in rated], indent=2) + "\n", encoding="utf-8")
 

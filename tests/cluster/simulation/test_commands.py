@@ -113,7 +113,20 @@ def test_plan_prints_every_candidate_and_a_verdict(
     assert "at 3 draws of the arrivals, rates searched in steps of 5%:" in said
     assert [len(each["goodput_per_s_per_gpu_draws"]) for each in candidates] == [3, 3]
     assert "other TP sizes than 1 are not searched" in said
+    assert "the trace has only 30 requests in 0 s: what it says of rates is mostly chance" in " ".join(said.split())
     assert {each["report"]["policy"] for each in candidates} == {"prefix_aware"}
+
+
+def test_plan_on_many_requests_says_nothing_of_chance(
+    spec_file: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"timestamp": 400 * number, "input_length": 600, "output_length": 2, "hash_ids": [2 * number, 2 * number + 1]}
+        for number in range(100)
+    ]
+    trace_file.write_text("\n".join(json.dumps(row) for row in rows))
+    assert baton(monkeypatch, "plan", spec_file, "--trace", trace_file, "--gpus", 1) == 0
+    assert "chance" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
