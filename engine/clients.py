@@ -143,11 +143,14 @@ class Clients:
         """
         first_event_number = kv.next_event_number
         events = kv.drain_events()
+        coming = kv.drain_coming()
+        if len(self._drafts) == 1:  # the one router knows what it has sent
+            coming.clear()
         frames: dict[SessionId, pb.Frame] = {}
         for session, draft in self._drafts.items():
-            if not (draft.fresh or draft.outputs or draft.tokens or events):
+            if not (draft.fresh or draft.outputs or draft.tokens or events or coming):
                 continue
-            frame = pb.Frame(load=load, outputs=draft.outputs.values())
+            frame = pb.Frame(load=load, outputs=draft.outputs.values(), coming=coming)
             if draft.tokens:
                 frame.tokens = lone_tokens_to_bytes(draft.tokens)
             if draft.fresh:  # the snapshot holds the events drained now, and makes the router exact

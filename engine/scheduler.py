@@ -21,6 +21,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
+from engine.kv.block_hash import sampled
 from engine.kv.cache import KvCache
 from engine.kv.layout import BlockId
 from engine.request import Request
@@ -119,6 +120,7 @@ class Scheduler(Generic[S]):
         )
         insort(self.waiting, sequence, key=by_key)
         sequence.num_likely_tokens = ahead * self._kv.block_size
+        self._kv.expect(sampled(hashes, self._kv.block_size, sequence.num_likely_tokens))
         self._count(sequence, 1)
 
     def join(self, sequence: S) -> None:

@@ -106,7 +106,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("number", "description", "load", "outputs", "kv_event_number", "kv_events", "kv_snapshot", "sent_us", "kv_events_us", "tokens")
+    __slots__ = ("number", "description", "load", "outputs", "kv_event_number", "kv_events", "kv_snapshot", "sent_us", "kv_events_us", "tokens", "coming")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,7 @@ class Frame(_message.Message):
     SENT_US_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_US_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMING_FIELD_NUMBER: _ClassVar[int]
     number: int
     description: Description
     load: Load
@@ -127,7 +128,8 @@ class Frame(_message.Message):
     sent_us: int
     kv_events_us: int
     tokens: bytes
-    def __init__(self, number: _Optional[int] = ..., description: _Optional[_Union[Description, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., kv_event_number: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., sent_us: _Optional[int] = ..., kv_events_us: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+    coming: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., description: _Optional[_Union[Description, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., kv_event_number: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., sent_us: _Optional[int] = ..., kv_events_us: _Optional[int] = ..., tokens: _Optional[bytes] = ..., coming: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Description(_message.Message):
     __slots__ = ("worker_id", "role", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_batch_tokens")

@@ -2,16 +2,17 @@
 
 Owned by the placement, which asks beside the index. Requests that come together and begin alike, as those of several
 agents at work on one document do, would otherwise each be taken for new work, wherever they go. Whoever computes one of
-them is believed to hold its beginning from the decision on until a moment after the first token is expected; then the
-index knows. It is only a guess: of every `STRIDE_TOKENS` tokens one block is looked at, and of what is computed on many
-workers only some are remembered.
+them is believed to hold its beginning, from the decision on, or from when the worker tells of another router's, until a
+moment after its first token is expected; then the index knows. It is only a guess: a sample of the blocks is looked at
+(engine/kv/block_hash.py), and of what is computed on many workers only some are remembered.
 """
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 
-STRIDE_TOKENS = 512
+from engine.kv.block_hash import sample_blocks, sampled
+
 _MAX_PROMPTS = 8  # of those that have a block; more would cost each decision time and win nobody any
 _LATE_S = 2.0  # after the first token is expected
 
@@ -26,39 +27,38 @@ class _Prompt:
 
 
 class ComingPrefixes:
-    """Hashes are of full blocks of `block_size` tokens, those of a whole prompt; times by one clock."""
+    """Times are by one clock."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[_Prompt, ...]] = {}  # by block, the latest last
         self._ends: list[tuple[float, int, _Prompt]] = []  # heap
         self._numbers = count()
 
-    def placed(
-        self, worker_id: str, hashes: Sequence[int], block_size: int, hit_tokens: int, ttft_s: float, now: float
-    ) -> None:
-        """A worker that lacks what comes after `hit_tokens` computes a prompt, the first token after `ttft_s`."""
-        stride = _stride(block_size)
-        lacking = hashes[stride - 1 :: stride][hit_tokens // (stride * block_size) :]
-        if not lacking:
+    def expect(self, worker_id: str, hashes: Sequence[int], seconds: float, now: float) -> None:
+        """A worker is going to compute these blocks, a sample of a prompt's or of several, in so many seconds."""
+        self._expire(now)
+        prompts = self._prompts
+        if not prompts.keys().isdisjoint(hashes):  # what it was going to compute already is no news
+            hashes = [each for each in hashes if all(other.worker_id != worker_id for other in prompts.get(each, ()))]
+        if not hashes:
             return
-        prompt, prompts = _Prompt(worker_id, lacking), self._prompts
-        for block_hash in lacking:
+        prompt = _Prompt(worker_id, hashes)
+        for block_hash in hashes:
             others = prompts.get(block_hash)
             prompts[block_hash] = prompt.alone if others is None else (*others[1 - _MAX_PROMPTS :], prompt)
-        heappush(self._ends, (now + ttft_s + _LATE_S, next(self._numbers), prompt))
+        heappush(self._ends, (now + seconds + _LATE_S, next(self._numbers), prompt))
 
     def find(self, hashes: Sequence[int], block_size: int, now: float) -> dict[str, int]:
-        """Tokens of the prompt that each worker soon holds."""
-        while self._ends and self._ends[0][0] <= now:
-            self._forget(heappop(self._ends)[2])
-        stride, prompts = _stride(block_size), self._prompts
-        wanted = hashes[stride - 1 :: stride]
+        """Tokens that each worker soon holds of a prompt, whose full blocks these are."""
+        self._expire(now)
+        wanted, prompts = sampled(hashes, block_size), self._prompts
         if prompts.keys().isdisjoint(wanted):
             return {}
         found: dict[str, int] = {}
+        size = sample_blocks(block_size) * block_size
         for place, block_hash in enumerate(wanted, 1):
             for prompt in prompts.get(block_hash, ()):
-                found[prompt.worker_id] = place * stride * block_size
+                found[prompt.worker_id] = place * size
         return found
 
     def forget(self, worker_id: str) -> None:
@@ -68,6 +68,10 @@ class ComingPrefixes:
                 self._forget(prompt)
         self._ends = [end for end in self._ends if end[2].worker_id != worker_id]
         heapify(self._ends)
+
+    def _expire(self, now: float) -> None:
+        while self._ends and self._ends[0][0] <= now:
+            self._forget(heappop(self._ends)[2])
 
     def _forget(self, prompt: _Prompt) -> None:
         prompts = self._prompts
@@ -82,8 +86,3 @@ class ComingPrefixes:
                 else:
                     del prompts[block_hash]
         prompt.alone = ()  # it has been one of its own
-
-
-def _stride(block_size: int) -> int:
-    """In blocks."""
-    return max(1, STRIDE_TOKENS // block_size)

@@ -7,7 +7,7 @@ call in when they need a worker or are over.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +181,9 @@ class Dispatcher:
         for event in frame.kv_events:
             self._placement.apply(session.member.worker_id, event)
         self.index_lag.observe(session.index_lag.applied(frame.kv_events_us / 1e6, self._clock()))
+
+    def session_expects(self, session: WorkerSession, hashes: Sequence[int]) -> None:
+        self._placement.expect(session.member.worker_id, hashes)
 
     def index_lags(self) -> Iterator[tuple[str, float, int]]:
         """Of each attached worker: lag of its last events, blocks that it holds beyond those in the index."""

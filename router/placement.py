@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 import numpy as np
 
+from engine.kv.block_hash import sampled
 from protos import worker_pb2 as pb
 from router.admission import Admission, AdmissionConfig
 from router.affinity import Affinity, Turn
@@ -144,6 +145,11 @@ class Placement(Generic[C]):
         # A slice, as one of a message's fields is a list, which is read in half the time.
         self._index.apply(self._slots[worker_id], event.stored[:], event.removed[:])
 
+    def expect(self, worker_id: str, hashes: Sequence[int]) -> None:
+        """An attached worker has taken prompts that have it compute these blocks, as it samples them; perhaps this
+        router's own."""
+        self._coming.expect(worker_id, hashes[:], self._states[worker_id].load.queue_us / 1e6, self._clock())
+
     def reported(self) -> bool:
         """A worker has; whether somebody waits, whom that may help. What several report is taken in before a decision
         has to wait for all of it."""
@@ -238,8 +244,8 @@ class Placement(Generic[C]):
         if self._policy.uses_hits:
             worker_id = decision.prefill or decision.decode
             block_size = self._states[worker_id].description.block_size
-            hashes, now = candidate.hashes(block_size), self._table.now
-            self._coming.placed(worker_id, hashes, block_size, decision.hit_tokens, decision.ttft_s, now)
+            lacking = sampled(candidate.hashes(block_size), block_size, decision.hit_tokens)
+            self._coming.expect(worker_id, lacking, decision.ttft_s, self._table.now)
         if facts.session and self._policy.uses_hits:
             block_size = self._states[decision.decode].description.block_size
             hashes = candidate.hashes(block_size)

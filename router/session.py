@@ -9,7 +9,7 @@ a frame is missing, nothing arrives for `silence_s`, or the worker runs requests
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,10 @@ class SessionListener(Protocol):
 
     def session_events(self, session: "WorkerSession", frame: pb.Frame) -> None:
         """A frame with KV events, in order and without gaps."""
+        ...
+
+    def session_expects(self, session: "WorkerSession", hashes: Sequence[int]) -> None:
+        """The worker is going to compute these blocks; see Frame.coming."""
         ...
 
     def session_reported(self, session: "WorkerSession") -> None:
@@ -261,6 +265,8 @@ class WorkerSession:
                 raise WorkerLost(f"KV event {self._next_event} is missing, {frame.kv_event_number} came")
             self._next_event += len(frame.kv_events)
             self._listener.session_events(self, frame)
+        if frame.coming:
+            self._listener.session_expects(self, frame.coming)
         self._hand_out(state, frame)
         if self.last_frame_at - self._spoke_at > self._config.alive_s:  # workers send frames more often than that
             self._send(pb.Command())

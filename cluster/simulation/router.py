@@ -149,6 +149,8 @@ class SimulatedRouter:
         state.report(frame.load)
         for event in frame.kv_events:
             self._placement.apply(worker_id, event)
+        if frame.coming:
+            self._placement.expect(worker_id, frame.coming)
         for said in frame.said:
             if said.client.router == self._number and said.client.handle in self._flights:
                 state.counted(said.client.handle)

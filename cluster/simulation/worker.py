@@ -50,6 +50,7 @@ class Frame(Generic[H]):
     load: pb.Load
     kv_events: list[KvEvent]
     said: list[Said[H]]
+    coming: list[int]
 
 
 class Role(Protocol):
@@ -193,7 +194,8 @@ class SimulatedWorker(Generic[H]):
 
     def _publish(self) -> None:
         said, self._said = list(self._said.values()), {}
-        self._deliver(Frame(self.worker_id, self.load(), self.engine.kv.drain_events(), said))
+        kv = self.engine.kv
+        self._deliver(Frame(self.worker_id, self.load(), kv.drain_events(), said, kv.drain_coming()))
 
     def load(self) -> pb.Load:
         """As a frame reports it."""

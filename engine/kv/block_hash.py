@@ -14,6 +14,7 @@ from struct import unpack
 from xxhash import xxh3_64_digest
 
 TOKEN_BYTES = 4
+SAMPLE_TOKENS = 512
 
 
 @lru_cache(1024)
@@ -41,6 +42,18 @@ def hashes_of_bytes(tokens: bytes, block_size: int, seed: int) -> list[int]:
         link = xxh3_64_digest(link + tokens[start : start + size])
         links.append(link)
     return list(unpack(f">{len(links)}Q", b"".join(links)))
+
+
+def sampled(hashes: Sequence[int], block_size: int, num_tokens: int = 0) -> Sequence[int]:
+    """Of every SAMPLE_TOKENS tokens, counted from the beginning, the hash of the block that ends them, of larger blocks
+    each one's; without those among the first `num_tokens`. It is what is said of prompts that are not computed yet."""
+    step = sample_blocks(block_size)
+    return hashes[step - 1 :: step][num_tokens // (step * block_size) :]
+
+
+def sample_blocks(block_size: int) -> int:
+    """One block of so many is in a sample."""
+    return max(1, SAMPLE_TOKENS // block_size)
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:

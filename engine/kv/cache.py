@@ -15,6 +15,8 @@ from engine.kv.events import KvEvent
 from engine.kv.layout import BlockId
 from engine.kv.prefix_cache import Contents, PrefixCache
 
+_MAX_COMING = 4096  # hashes kept for a drain that may never come
+
 
 class KvCache:
     def __init__(self, num_blocks: int, block_size: int, contents: Contents | None = None) -> None:
@@ -22,6 +24,7 @@ class KvCache:
         self.block_size = block_size
         self._pool = BlockPool(num_blocks)
         self._cache = PrefixCache(num_blocks, block_size, contents)
+        self._coming: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -123,6 +126,16 @@ class KvCache:
     def drain_events(self) -> list[KvEvent]:
         """What changed since the last call. Applied in order, they make a mirror of the cached hashes exact."""
         return self._cache.events.drain()
+
+    def expect(self, hashes: Sequence[int]) -> None:
+        """Blocks that are going to be computed, or some of them: nothing but news for who drains it."""
+        self._coming += hashes
+        del self._coming[:-_MAX_COMING]
+
+    def drain_coming(self) -> list[int]:
+        """What has been expected since the last call, the latest of it."""
+        coming, self._coming = self._coming, []
+        return coming
 
     def snapshot(self) -> list[int]:
         """Hashes of all cached blocks; a mirror goes on from it with event `next_event_number`."""

@@ -1,3 +1,5 @@
+import pytest
+
 from engine.clients import Clients
 from engine.engine import TokenOutput
 from engine.kv.block_hash import token_bytes
@@ -46,3 +48,19 @@ def test_lone_tokens_travel_as_numbers_and_others_with_what_else_is_said_of_thei
     assert list(lone_tokens_from_bytes(frame.tokens)) == [(3, 7, 70), (1, 4, 40)]
     said = {output.handle: (output.index, list(output.token_ids), output.finish_reason) for output in frame.outputs}
     assert said == {2: (0, [50, 51], 0), 3: (8, [80], pb.FINISH_REASON_LENGTH), 4: (0, [90], 0)}
+
+
+@pytest.mark.parametrize("num_routers", [1, 2])
+def test_other_routers_hear_once_what_is_going_to_be_computed(num_routers: int) -> None:
+    frames: list[pb.Frame] = []
+    clients = Clients(pb.Description(), lambda sent: frames.extend(sent.values()), lambda: 0.0)
+    for number in range(num_routers):
+        clients.attach(SessionId(number))
+    kv = KvCache(4, 4)
+    clients.flush(pb.Load(), kv, 0.0)  # says who the worker is
+    frames.clear()
+    kv.expect([7, 8])
+    kv.expect([9])
+    clients.flush(pb.Load(), kv, 0.0)
+    clients.flush(pb.Load(), kv, 0.0)
+    assert [list(frame.coming) for frame in frames] == ([] if num_routers == 1 else [[7, 8, 9], [7, 8, 9]])

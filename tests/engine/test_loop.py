@@ -184,12 +184,15 @@ def random_request(rng: random.Random, name: str) -> Request:
     return Request(RequestId(name), prompt, num_tokens, params, seed=1, priority=rng.choice([0, 0, 1]))
 
 
+@pytest.mark.parametrize("min_shared", [2, 256])
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_router_hears_the_right_tokens_and_an_end_and_the_loop_never_sleeps_with_work(
-    seed: int, max_in_flight: int
+    seed: int, max_in_flight: int, min_shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts and pulls in a pool too small for them, penalties, end tokens; some cancelled, late, broken or left."""
+    """Prompts and pulls in a pool too small for them, penalties, end tokens; some cancelled, late, broken or left, some
+    that wait for what others compute."""
+    monkeypatch.setattr("engine.scheduler._MIN_SHARED_TOKENS", min_shared)
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4])
     limits = {"max_num_seqs": rng.choice([1, 4, 6]), "max_batch_tokens": rng.choice([6, 16])}

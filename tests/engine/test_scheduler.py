@@ -297,3 +297,14 @@ def test_few_are_passed_over_in_one_step(monkeypatch: pytest.MonkeyPatch) -> Non
     bench.add("e", 100, first=1)
     assert bench.step() == {"a": 600, "d": 600, "e": 100}
     assert bench.step() == {"a": 1, "d": 1, "e": 1, "b": 4, "c": 4}
+
+
+def test_what_new_prompts_have_computed_is_told_once() -> None:
+    bench = Bench(num_blocks=4000, max_batch_tokens=1000, max_num_seqs=8)
+    first = bench.add("a", 1100)
+    assert bench.kv.drain_coming() == [first.hashes[127], first.hashes[255]]
+    second = bench.add("b", 1600)  # the rest of it is told already
+    assert bench.kv.drain_coming() == [second.hashes[383]]
+    bench.add("c", 511, first=1)
+    bench.add("d", 1600, prompt_logprobs=0)
+    assert bench.kv.drain_coming() == []

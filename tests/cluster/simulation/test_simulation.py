@@ -93,6 +93,18 @@ def test_two_prompts_that_come_together_share_a_step() -> None:
     assert [each.ttft for each in outcomes] == pytest.approx([2 * NETWORK_S + 0.03] * 2)
 
 
+@pytest.mark.parametrize("routers", [1, 4])
+def test_a_text_that_comes_many_times_at_once_is_computed_by_few_through_any_routers(
+    routers: int,
+) -> None:
+    others = [request(number, 0.0) for number in range(8)]  # so that a second of work has its price
+    burst = [request(number, 1.0 + 0.01 * number, 8292, contents=range(16)) for number in range(8, 24)]
+    outcomes = run(make_setup(4, 4, num_blocks=1000, num_routers=routers), trace_of(*others, *burst)).outcomes
+    computing = [each for each in outcomes[8:] if not each.cached_tokens]
+    assert 1 <= len(computing) <= 2
+    assert all(each.cached_tokens == 8192 for each in outcomes[8:] if each not in computing)
+
+
 @pytest.mark.parametrize("routers", [1, 3])
 @pytest.mark.parametrize("policy", [RoundRobin, LeastLoaded, PrefixAware])
 def test_the_same_seed_gives_the_same_report(policy: type[PrefixAware], routers: int) -> None:

@@ -5,7 +5,7 @@ import struct
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from engine.kv.block_hash import block_hashes, bytes_to_tokens, chain_seed, token_bytes
+from engine.kv.block_hash import block_hashes, bytes_to_tokens, chain_seed, sample_blocks, sampled, token_bytes
 
 
 def test_each_link_hashes_the_one_before_and_its_own_tokens() -> None:
@@ -63,3 +63,15 @@ def test_tokens_survive_their_bytes() -> None:
     assert bytes_to_tokens(data) == token_ids
     assert bytes_to_tokens(data[:-1]) == token_ids[:-1]
     assert bytes_to_tokens(b"") == ()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "step"), [(16, 32), (48, 10), (512, 1), (2048, 1)], ids=["small", "uneven", "equal", "large"]
+)
+def test_a_sample_has_a_block_of_every_512_tokens_that_are_behind_others(block_size: int, step: int) -> None:
+    hashes = list(range(5 * step + 1))
+    assert sample_blocks(block_size) == step
+    assert list(sampled(hashes, block_size)) == [step * place - 1 for place in range(1, 6)] + [5] * (step == 1)
+    assert sampled(hashes, block_size, 2 * step * block_size - 1) == sampled(hashes, block_size)[1:]
+    assert sampled(hashes, block_size, 2 * step * block_size) == sampled(hashes, block_size)[2:]
+    assert sampled(hashes[: step - 1], block_size) == []

@@ -209,3 +209,11 @@ def test_releasing_or_retaining_a_free_block_is_a_bug(misuse: str) -> None:
     kv = KvCache(2, SIZE)
     with pytest.raises(AssertionError):
         getattr(kv, misuse)([BlockId(1)])
+
+
+def test_of_what_is_expected_and_never_drained_the_latest_is_kept() -> None:
+    kv = KvCache(2, SIZE)
+    kv.expect(range(3000))
+    kv.expect(range(3000, 6000))
+    assert kv.drain_coming() == list(range(6000 - 4096, 6000))
+    assert kv.drain_coming() == []

@@ -1,7 +1,7 @@
 """One session to a worker that a test speaks for, by a clock that it sets."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -21,6 +21,7 @@ class Worker:
         self.now = 0.0
         self.commands: list[str | None] = []  # names of what it was told; None: only that the router lives
         self.lost: list[str] = []
+        self.expected: list[tuple[int, list[int]]] = []  # with the queue reported by then
         self.reported = asyncio.Event()
         self.first_load = pb.Load()
         self.session = WorkerSession(
@@ -36,8 +37,8 @@ class Worker:
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         monkeypatch.setattr("router.session.connect", self._connect)
 
-    def say(self, **load) -> None:
-        frame = pb.Frame(number=self._num_frames, load=pb.Load(**load))
+    def say(self, coming: Sequence[int] = (), **load) -> None:
+        frame = pb.Frame(number=self._num_frames, load=pb.Load(**load), coming=coming)
         self._num_frames += 1
         try:
             self._receive(frame)
@@ -71,6 +72,10 @@ class Worker:
 
     def session_events(self, *_) -> None:
         raise AssertionError("no frame here has any")
+
+    def session_expects(self, session: WorkerSession, hashes: Sequence[int]) -> None:
+        assert session.state is not None
+        self.expected.append((session.state.load.queue_us, list(hashes)))
 
     def session_reported(self, _session) -> None:
         self.reported.set()
@@ -106,6 +111,13 @@ async def test_a_session_is_lost_when_a_second_look_finds_it_silent_too(monkeypa
     await worker.session.run()
     assert slept == [2.0, 0.25, 2.0, 0.25, 0.1]
     assert worker.lost == ["silent for 2.0 s"]
+
+
+async def test_what_a_worker_is_going_to_compute_is_told_with_its_load(monkeypatch):
+    async with serving(monkeypatch) as worker:
+        worker.say(queue_us=5)
+        worker.say([1, 1 << 63], queue_us=7)
+        assert worker.expected == [(7, [1, 1 << 63])]
 
 
 async def test_an_idle_worker_makes_no_progress_and_is_not_stalled(monkeypatch):
