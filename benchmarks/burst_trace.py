@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--gap", type=float, default=10.0, help="seconds from one burst to the next, on average")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.gap > 0:
+        parser.error("--gap must be more than 0")
     rng = random.Random(args.seed)
     seconds, block = 0.0, 0
     for _ in range(args.bursts):

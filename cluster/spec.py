@@ -163,7 +163,7 @@ class RouterSpec(Section):
         "less for earlier first tokens; null: as slo says, where it sets both times, else 0.2",
     )
     slo: SloSpec = Field(
-        SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429 at once"
+        SloSpec(), description="times that requests should keep; one that no worker can serve so gets 429"
     )
     max_queue: Count = Field(1024, description="requests waiting for a worker before new ones get 429")
     max_running: Count | None = Field(

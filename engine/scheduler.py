@@ -14,7 +14,7 @@ that a step in flight uses are not taken away, so nothing is preempted then: the
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
@@ -30,10 +30,10 @@ from engine.turns import Turns
 
 by_key = attrgetter("key")
 
-# What has to be computed for another sequence anyway is worth waiting for from so many tokens on: for fewer, a step of
-# its own costs more than computing them again.
+# What is computed for another sequence anyway is worth waiting for from so many tokens on: for fewer, a step of its own
+# costs more than computing them again.
 _MIN_SHARED_TOKENS = 256
-_MAX_BYPASSED = 32  # waiting sequences looked at in one plan that wait for another one's blocks
+_MAX_LOOKED_AT = 64  # waiting sequences, the last ones, that a new one is compared with
 
 
 class Schedulable(Protocol):
@@ -94,7 +94,7 @@ class EngineLoad(msgspec.Struct, frozen=True, gc=False):
     num_waiting: int
     num_free_blocks: int  # free or evictable
     num_waiting_tokens: int  # not yet computed, of prompts and of preempted sequences
-    queued: StepWork  # what computing those takes, tokens that were cached when they came left out
+    queued: StepWork  # what computing those takes, without what is likely to be cached by then
     num_queued_steps: int  # that this fills
 
 
@@ -108,20 +108,15 @@ class Scheduler(Generic[S]):
         self.running: list[S] = []
         self.waiting: list[S] = []
         self.num_waiting_tokens = 0
-        self.num_uncached_tokens = 0  # of those, without what was cached when they came
+        self.num_uncached_tokens = 0  # of those, without what is likely to be cached by their turn
         self.num_uncached_pairs = 0  # of a token of those and a key it attends to
         self.short_of_blocks = False  # in the last step something could not run, or not go on, for lack of blocks
 
     def add(self, sequence: S) -> None:
         """Queue a sequence in its place."""
-        hashes = self._reusable(sequence)
-        ahead = _num_shared(
-            hashes, self._kv.num_likely(hashes), itertools.chain(self.running, self.waiting), self._kv.block_size
-        )
+        self._begin_to_wait(sequence, self.waiting)
         insort(self.waiting, sequence, key=by_key)
-        sequence.num_likely_tokens = ahead * self._kv.block_size
-        self._kv.expect(sampled(hashes, self._kv.block_size, sequence.num_likely_tokens))
-        self._count(sequence, 1)
+        self._kv.expect(sampled(self._reusable(sequence), self._kv.block_size, sequence.num_likely_tokens))
 
     def join(self, sequence: S) -> None:
         """Run a sequence that brings its blocks."""
@@ -130,6 +125,11 @@ class Scheduler(Generic[S]):
 
     def remove(self, sequence: S) -> None:
         """It leaves, wherever it is; its blocks are the caller's."""
+        self._take_out(sequence)
+        if len(sequence.token_ids) == len(sequence.request.token_ids):  # what it was to compute, others have to now
+            self._count_again(sequence.hashes)
+
+    def _take_out(self, sequence: S) -> None:
         queue = self.running if sequence.running else self.waiting
         place = bisect_left(queue, sequence.key, key=by_key)
         assert queue[place] is sequence, sequence.request.id
@@ -203,33 +203,52 @@ class Scheduler(Generic[S]):
 
     def _preempt(self, sequence: S) -> None:
         """Its full blocks are in the prefix cache; what is not evicted meanwhile it finds there again."""
-        self.remove(sequence)
+        self._take_out(sequence)
         self._kv.release(sequence.forget_computed())
         sequence.num_preemptions += 1
         self.add(sequence)
 
     def _admit(self, plan: Plan[S], budget: int) -> None:
-        bypassed = 0
-        while budget > 0 and bypassed < len(self.waiting) and len(self.running) < self._config.max_num_seqs:
-            sequence = self.waiting[bypassed]
-            if bypassed < _MAX_BYPASSED and self._is_being_computed(sequence):
-                bypassed += 1
+        passed_over, awaited = 0, list[tuple[int, int]]()
+        while budget > 0 and passed_over < len(self.waiting) and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[passed_over]
+            if self._waits_for_others(sequence, awaited):
+                passed_over += 1
                 continue
             if not self._reserve(sequence):
                 self.short_of_blocks = True
                 return
-            self.remove(sequence)
+            self._take_out(sequence)
             self.join(sequence)
-            self.turns.reached(sequence.key[1])
+            if not passed_over:  # else it would be their turn that is over
+                self.turns.reached(sequence.key[1])
             plan.started.append(sequence)
             budget -= self._compute(sequence, budget, plan)
 
-    def _is_being_computed(self, sequence: S) -> bool:
-        """Whether what it lacks is worth waiting for, as running sequences compute it."""
-        hashes = self._reusable(sequence)
-        cached = self._kv.num_likely(hashes)
-        shared = _num_shared(hashes, cached, self.running, self._kv.block_size)
-        return (shared - cached) * self._kv.block_size >= _MIN_SHARED_TOKENS
+    def _waits_for_others(self, sequence: S, awaited: list[tuple[int, int]]) -> bool:
+        """Whether enough of what it lacks is being computed by running ones ahead of it. `awaited`: blocks, by their
+        places and hashes, of which that is known."""
+        if sequence.wants_prompt_logprobs:
+            return False
+        num_blocks = (sequence.num_tokens - 1) // self._kv.block_size
+        if any(place < num_blocks and sequence.hashes[place] == block_hash for place, block_hash in awaited):
+            return True
+        place = self._kv.num_likely(self._reusable(sequence)) + self._min_shared - 1
+        if place >= num_blocks:
+            return False
+        block_hash = sequence.hashes[place]
+        ahead = itertools.islice(self.running, bisect_left(self.running, sequence.key, key=by_key))
+        if not any(self._computes(other, place, block_hash) for other in ahead):
+            return False
+        awaited.append((place, block_hash))
+        return True
+
+    def _computes(self, other: S, place: int, block_hash: int) -> bool:
+        """Whether it has this block and not got its first token since, with which the block is cached."""
+        if place >= len(other.hashes) or other.hashes[place] != block_hash:
+            return False
+        num_tokens = len(other.token_ids)
+        return num_tokens == len(other.request.token_ids) and place < num_tokens // self._kv.block_size
 
     def _reserve(self, sequence: S) -> bool:
         """Blocks for all tokens, or none: those of the longest cached prefix, and fresh ones.
@@ -256,6 +275,10 @@ class Scheduler(Generic[S]):
             return []
         return sequence.hashes[: (sequence.num_tokens - 1) // self._kv.block_size]
 
+    def _begin_to_wait(self, sequence: S, ahead: Sequence[S]) -> None:
+        sequence.num_likely_tokens = self._num_likely(sequence, ahead) * self._kv.block_size
+        self._count(sequence, 1)
+
     def _count(self, sequence: S, sign: int) -> None:
         """A sequence begins or ends to wait."""
         past = sequence.num_likely_tokens
@@ -263,6 +286,30 @@ class Scheduler(Generic[S]):
         self.num_waiting_tokens += sign * sequence.num_tokens
         self.num_uncached_tokens += sign * lacking
         self.num_uncached_pairs += sign * num_pairs(lacking, past)
+
+    def _num_likely(self, sequence: S, ahead: Sequence[S]) -> int:
+        """Of its blocks, how many are cached or will be by its turn, as running or waiting ones compute them."""
+        hashes = self._reusable(sequence)
+        cached = shared = self._kv.num_likely(hashes)
+        for other in itertools.chain(self.running, ahead[-_MAX_LOOKED_AT:]):
+            if shared < len(hashes) and self._computes(other, shared, hashes[shared]):
+                theirs, end = other.hashes, min(len(hashes), len(other.token_ids) // self._kv.block_size)
+                shared = bisect_left(range(end), True, lo=shared, key=lambda place: theirs[place] != hashes[place])
+        return shared if shared - cached >= self._min_shared else cached
+
+    def _count_again(self, hashes: Sequence[int]) -> None:
+        """Of who waits, the first that counted on these blocks; who is behind it counts on it."""
+        for place, sequence in enumerate(self.waiting):
+            last = sequence.num_likely_tokens // self._kv.block_size - 1
+            if 0 <= last < len(hashes) and sequence.hashes[last] == hashes[last]:
+                self._count(sequence, -1)
+                self._begin_to_wait(sequence, self.waiting[:place])
+                return
+
+    @property
+    def _min_shared(self) -> int:
+        """_MIN_SHARED_TOKENS in blocks."""
+        return -(-_MIN_SHARED_TOKENS // self._kv.block_size)
 
     def _compute(self, sequence: S, budget: int, plan: Plan[S]) -> int:
         """Plan the next tokens, at most `budget`. A chunk in mid-prompt ends with a block where it can."""
@@ -274,14 +321,3 @@ class Scheduler(Generic[S]):
         if num_tokens > 0:
             plan.work.append((sequence, num_tokens))
         return num_tokens
-
-
-def _num_shared(hashes: Sequence[int], num_cached: int, others: Iterable[Schedulable], block_size: int) -> int:
-    """How many leading blocks are cached, or another one's, too."""
-    shared, wanted = num_cached, len(hashes)
-    for other in others:
-        theirs = other.hashes
-        if shared < len(theirs) and shared < wanted and theirs[shared] == hashes[shared]:
-            end = min(wanted, len(theirs), other.num_tokens // block_size)
-            shared = bisect_left(range(end), True, lo=shared, key=lambda place: theirs[place] != hashes[place])
-    return shared

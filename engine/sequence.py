@@ -64,7 +64,7 @@ class Sequence:
         self.hashes = hashes  # of full blocks, at least of those computed
         self.block_ids: list[BlockId] = []
         self.num_computed_tokens = 0
-        self.num_likely_tokens = 0  # while it waits: those that were cached when it came
+        self.num_likely_tokens = 0  # while it waits: those likely to be cached by its turn
         self.num_pending = 0
         self.pending_row = 0  # of the step submitted last, where the newest pending token is sampled
         self.num_preemptions = 0

@@ -15,38 +15,41 @@ from engine.kv.block_hash import sample_blocks, sampled
 
 _MAX_PROMPTS = 8  # of those that have a block; more would cost each decision time and win nobody any
 _LATE_S = 2.0  # after the first token is expected
+_MAX_EXPIRED = 16  # prompts in one call: after a pause many are over at once
 
 
-class _Prompt:
+class ComingPrompt:
     __slots__ = ("__weakref__", "alone", "hashes", "worker_id")
 
     def __init__(self, worker_id: str, hashes: Sequence[int]) -> None:
         self.worker_id = worker_id
         self.hashes = hashes
-        self.alone: tuple[_Prompt, ...] = (self,)  # what is kept for blocks of no other
+        self.alone: tuple[ComingPrompt, ...] = (self,)  # what is kept for blocks of no other
 
 
 class ComingPrefixes:
     """Times are by one clock."""
 
     def __init__(self) -> None:
-        self._prompts: dict[int, tuple[_Prompt, ...]] = {}  # by block, the latest last
-        self._ends: list[tuple[float, int, _Prompt]] = []  # heap
+        self._prompts: dict[int, tuple[ComingPrompt, ...]] = {}  # by block, the latest last
+        self._ends: list[tuple[float, int, ComingPrompt]] = []  # heap
         self._numbers = count()
 
-    def expect(self, worker_id: str, hashes: Sequence[int], seconds: float, now: float) -> None:
-        """A worker is going to compute these blocks, a sample of a prompt's or of several, in so many seconds."""
+    def expect(self, worker_id: str, hashes: Sequence[int], seconds: float, now: float) -> ComingPrompt | None:
+        """A worker is going to compute these blocks, a sample of a prompt's or of several, in so many seconds. None: it
+        is no news."""
         self._expire(now)
         prompts = self._prompts
         if not prompts.keys().isdisjoint(hashes):  # what it was going to compute already is no news
             hashes = [each for each in hashes if all(other.worker_id != worker_id for other in prompts.get(each, ()))]
         if not hashes:
-            return
-        prompt = _Prompt(worker_id, hashes)
+            return None
+        prompt = ComingPrompt(worker_id, hashes)
         for block_hash in hashes:
             others = prompts.get(block_hash)
             prompts[block_hash] = prompt.alone if others is None else (*others[1 - _MAX_PROMPTS :], prompt)
         heappush(self._ends, (now + seconds + _LATE_S, next(self._numbers), prompt))
+        return prompt
 
     def find(self, hashes: Sequence[int], block_size: int, now: float) -> dict[str, int]:
         """Tokens that each worker soon holds of a prompt, whose full blocks these are."""
@@ -65,15 +68,18 @@ class ComingPrefixes:
         """It has lost what it was about to hold."""
         for _, _, prompt in self._ends:
             if prompt.worker_id == worker_id:
-                self._forget(prompt)
+                self.drop(prompt)
         self._ends = [end for end in self._ends if end[2].worker_id != worker_id]
         heapify(self._ends)
 
     def _expire(self, now: float) -> None:
-        while self._ends and self._ends[0][0] <= now:
-            self._forget(heappop(self._ends)[2])
+        for _ in range(_MAX_EXPIRED):
+            if not self._ends or self._ends[0][0] > now:
+                return
+            self.drop(heappop(self._ends)[2])
 
-    def _forget(self, prompt: _Prompt) -> None:
+    def drop(self, prompt: ComingPrompt) -> None:
+        """It is over, or will not be computed. Idempotent."""
         prompts = self._prompts
         for block_hash in prompt.hashes:
             having = prompts.get(block_hash)
@@ -85,4 +91,4 @@ class ComingPrefixes:
                     prompts[block_hash] = left
                 else:
                     del prompts[block_hash]
-        prompt.alone = ()  # it has been one of its own
+        prompt.alone = prompt.hashes = ()  # it has been one of its own

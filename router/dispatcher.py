@@ -135,8 +135,12 @@ class Dispatcher:
         self._flights.add(flight)
         self._placement.add(flight)
         refusals = self._pump()
-        if flight in refusals:
-            raise refusals[flight]
+        error = refusals.pop(flight, None)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, flight, refusals  # this frame is in its traceback: they would be a cycle
         self._watch_absence()
         return flight.stream
 

@@ -36,8 +36,7 @@ class RetryConfig:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What requests that do not say it themselves should take, from their arrival: those that no worker can serve so
-    are refused at once."""
+    """What each request should take, from its arrival; one that no worker can serve so is refused."""
 
     ttft_s: float | None = None  # until the first token; None: any time
     tpot_s: float | None = None  # for each later one
@@ -79,7 +78,7 @@ class Flight:
         self._owner = owner
         self._config = config
         self._hints = hints
-        self._slo = slo if hints.ttft_s is None and hints.tpot_s is None else _stated(hints, slo)
+        self._slo = slo if hints.ttft_s is None and hints.tpot_s is None else _strictest(hints, slo)
         self._chain_seed = chain_seed
         self._clock = clock
         self._hashes: dict[int, list[int]] = {}  # by block size, of the tokens the next attempt submits
@@ -199,6 +198,7 @@ class Flight:
         if self._over:
             return
         self._over = True
+        self.stream.on_close(None)  # they are no cycle that somebody has to collect
         self._deadline_timer.cancel()
         if self._retry_timer is not None:
             self._retry_timer.cancel()
@@ -208,9 +208,12 @@ class Flight:
         self._owner.flight_over(self)
 
 
-def _stated(hints: RouteHints, slo: Slo) -> Slo:
-    ttft_s = slo.ttft_s if hints.ttft_s is None else hints.ttft_s
-    return Slo(ttft_s, slo.tpot_s if hints.tpot_s is None else hints.tpot_s)
+def _strictest(hints: RouteHints, slo: Slo) -> Slo:
+    return Slo(_least(hints.ttft_s, slo.ttft_s), _least(hints.tpot_s, slo.tpot_s))
+
+
+def _least(*seconds: float | None) -> float | None:
+    return min((each for each in seconds if each is not None), default=None)
 
 
 def _submit_message(request: Request) -> pb.Submit:

@@ -102,7 +102,7 @@ class RouteHints(msgspec.Struct, frozen=True, gc=False):
 
     session: str = ""  # its turns each begin with the one before; empty: none
     tenant: str = ""  # whose share of the cluster it takes
-    ttft_s: float | None = None  # what its first token should take, and each later one; None: what the router's take
+    ttft_s: float | None = None  # what its first token should take, and each later one, if less than the router says
     tpot_s: float | None = None
 
 

@@ -17,9 +17,9 @@ from protos import worker_pb2 as pb
 from router.admission import Admission, AdmissionConfig
 from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation, WorkerState
-from router.coming_prefixes import ComingPrefixes
+from router.coming_prefixes import ComingPrefixes, ComingPrompt
 from router.fairness import cost_of
-from router.policies import Reject, RequestFacts, RoutingDecision, RoutingPolicy
+from router.policies import LATE, Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
 from router.worker_table import Floats, WorkerTable
 
@@ -94,8 +94,10 @@ class Placement(Generic[C]):
         self._slots: dict[str, int] = {}  # in the index, by worker id
         self._states: dict[str, WorkerState] = {}
         self._table = WorkerTable()
+        self._latest: dict[C, float] = {}  # of those that wait and have limits, when the first token is late
         self._fresh: list[C] = []  # added since the last pump: as many are refused at most
         self._coming = ComingPrefixes()
+        self._computed: dict[C, ComingPrompt] = {}  # of those, by the candidate that was placed
         self._affinity = Affinity()
         self._turns: dict[C, Turn] = {}  # of sessions, by the candidate that was placed
 
@@ -162,15 +164,22 @@ class Placement(Generic[C]):
         cost = cost_of(facts.num_tokens, min(facts.max_new_tokens, self._table.demand.mean_output))
         self._queue.add(candidate, facts.priority, facts.tenant, cost)
         self._fresh.append(candidate)
+        if facts.ttft_s is not None:
+            self._latest[candidate] = facts.arrived + facts.ttft_s
 
     def put_back(self, candidate: C) -> None:
         """A placed candidate waits again, where it stood."""
+        self._expect_no_more(candidate)
         self._queue.put_back(candidate)
 
     def release(self, candidate: C, num_output_tokens: int | None = None) -> None:
         """It is over, wherever it was. Idempotent. `num_output_tokens`: of its answer, if it has one."""
         if not self._queue.release(candidate):
             return
+        if num_output_tokens is None:
+            self._expect_no_more(candidate)
+        self._computed.pop(candidate, None)
+        self._latest.pop(candidate, None)
         turn = self._turns.pop(candidate, None)
         if turn is not None:
             turn.ended(num_output_tokens or 0, self._clock())
@@ -184,6 +193,7 @@ class Placement(Generic[C]):
             if outcome is None:
                 break
             yield outcome
+        yield from self._late()
         fresh, self._fresh = self._fresh, []
         for candidate in filter(self._queue.waits, fresh):
             too_long = self._too_long(candidate, candidate.facts())
@@ -193,7 +203,25 @@ class Placement(Generic[C]):
             refused = self._queue.refuse_excess()
             if refused is None:
                 break
+            self._leave(refused)
             yield Refused(refused, "too many requests are waiting", self._queue.retry_after())
+
+    def _late(self) -> Iterator[Refused[C]]:
+        """Those whose time is over, wherever in the queue they stand: others than they may have limits, or none."""
+        if self._latest:
+            now = self._clock()
+            for candidate in [each for each, latest in self._latest.items() if latest <= now]:
+                if candidate in self._latest:  # still
+                    yield self._reject(candidate, LATE)
+
+    def _leave(self, candidate: C) -> None:
+        """It is out of the queue, or going out."""
+        self._queue.release(candidate)
+        self._latest.pop(candidate, None)
+
+    def _reject(self, candidate: C, reason: str) -> Refused[C]:
+        self._leave(candidate)
+        return Refused(candidate, reason, self._queue.retry_after())
 
     def _decide(self, candidate: C) -> Placed[C] | Refused[C] | None:
         table = self._table
@@ -212,9 +240,9 @@ class Placement(Generic[C]):
             return None
         table.turn += 1
         if isinstance(decision, Reject):
-            self._queue.release(candidate)
-            return Refused(candidate, decision.reason, self._queue.retry_after())
+            return self._reject(candidate, decision.reason)
         self._queue.take()
+        self._latest.pop(candidate, None)
         self._note(candidate, facts, decision)
         decode = self._states[decision.decode]
         block_size = decode.description.block_size
@@ -233,7 +261,7 @@ class Placement(Generic[C]):
         decode, num_tokens = self._table.decode, facts.num_tokens
         if not len(decode) or num_tokens < decode.most_max_len:
             return None
-        self._queue.release(candidate)
+        self._leave(candidate)
         reason = f"the prompt has {num_tokens} tokens; with room for one more, at most {decode.most_max_len - 1} fit"
         return Refused(candidate, reason, None)
 
@@ -245,7 +273,9 @@ class Placement(Generic[C]):
             worker_id = decision.prefill or decision.decode
             block_size = self._states[worker_id].description.block_size
             lacking = sampled(candidate.hashes(block_size), block_size, decision.hit_tokens)
-            self._coming.expect(worker_id, lacking, decision.ttft_s, self._table.now)
+            prompt = self._coming.expect(worker_id, lacking, decision.ttft_s, self._table.now)
+            if prompt is not None:
+                self._computed[candidate] = prompt
         if facts.session and self._policy.uses_hits:
             block_size = self._states[decision.decode].description.block_size
             hashes = candidate.hashes(block_size)
@@ -253,6 +283,12 @@ class Placement(Generic[C]):
                 turn = Turn(decision.prefill, decision.decode, facts.num_tokens, block_size, len(hashes), hashes[-1])
                 self._turns[candidate] = turn
                 self._affinity.placed((facts.tenant, facts.session), turn)
+
+    def _expect_no_more(self, candidate: C) -> None:
+        """What it was to have computed has not been, as far as is known."""
+        prompt = self._computed.pop(candidate, None)
+        if prompt is not None:
+            self._coming.drop(prompt)
 
     def _hits(self, candidate: C, facts: RequestFacts) -> Floats:
         """Tokens of the request each worker is believed to hold. Workers with other block sizes hash otherwise."""

@@ -77,6 +77,9 @@ class RoutingDecision(msgspec.Struct, frozen=True, gc=False):
     cost_s: float = 0.0
 
 
+LATE = "no worker can serve the request in time"
+
+
 class Reject(msgspec.Struct, frozen=True, gc=False):
     """No worker is predicted to serve it in time."""
 
@@ -155,10 +158,11 @@ class PrefixAware:
                 late = facts.ttft_s is not None and table.now - facts.arrived >= facts.ttft_s
                 if not late and _idle(table):  # what is believed of them may be wrong, and nobody would wait
                     return self.choose(msgspec.structs.replace(facts, ttft_s=None, tpot_s=None), hits, table)
-                return Reject("no worker can serve the request in time")
-            able &= in_time
-            if not np.count_nonzero(able):
-                return None
+                return Reject(LATE)
+            in_time &= able
+            if not np.count_nonzero(in_time):  # it would keep others from those that have room
+                return Reject(LATE) if np.count_nonzero(able) else None
+            able = in_time
         costs = np.where(able, routes.seconds + self._price(decode.step) * decode.answers + decode.waits, np.inf)
         best = cheapest(costs, table.turn)
         return routes.decision(best, hits, table, float(costs[best]))

@@ -63,8 +63,8 @@ class TokenStream:
         self._armed: LoneTokens | None = None  # that, while the next token goes there: `_num_taken` lags behind then
         self._on_close: Callable[[], None] | None = None
 
-    def on_close(self, callback: Callable[[], None]) -> None:
-        """`callback` runs when the consumer leaves."""
+    def on_close(self, callback: Callable[[], None] | None) -> None:
+        """`callback` runs when the consumer leaves; None: nothing does."""
         self._on_close = callback
 
     @property
@@ -174,9 +174,8 @@ class TokenStream:
         return taken[0]
 
     async def aclose(self) -> None:
-        on_close, self._on_close = self._on_close, None  # whose it is has this stream, too
-        if on_close is not None:
-            on_close()
+        if self._on_close is not None:
+            self._on_close()
         if self.token_ids and self.timeline.last_token is None:
             self.timeline.last_token = self._clock()
         self._disarm()

@@ -285,18 +285,70 @@ def test_nobody_waits_for_a_sequence_that_left_or_was_cached_or_computes_all_of_
     bench.add("b", 640)
     assert bench.step() == {"b": 640}
     bench.add("c", 700)
-    bench.add("d", 640, prompt_logprobs=0)
-    assert bench.step() == {"b": 1, "c": 60, "d": 640}
+    assert bench.step() == {"b": 1, "c": 60}
+    bench.add("e", 640, first=1)
+    bench.add("f", 320, first=1, prompt_logprobs=0)
+    assert bench.step() == {"b": 1, "c": 1, "e": 640, "f": 320}
 
 
-def test_few_are_passed_over_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.scheduler._MAX_BYPASSED", 2)
-    bench = Bench(num_blocks=8000, max_batch_tokens=4000, max_num_seqs=8)
-    for name in "abcd":
-        bench.add(name, 600)
-    bench.add("e", 100, first=1)
-    assert bench.step() == {"a": 600, "d": 600, "e": 100}
-    assert bench.step() == {"a": 1, "d": 1, "e": 1, "b": 4, "c": 4}
+def test_any_number_waits_for_the_same_and_those_behind_go_first_in_order() -> None:
+    bench = Bench(num_blocks=8000, max_batch_tokens=4000, max_num_seqs=100)
+    for number in range(60):
+        bench.add(f"a{number}", 600)
+    bench.add("b", 100, first=1)
+    bench.add("c", 100, first=2)
+    assert list(bench.step().items()) == [("a0", 600), ("b", 100), ("c", 100)]
+    assert bench.step() == {"a0": 1, "b": 1, "c": 1, **{f"a{number}": 4 for number in range(1, 60)}}
+
+
+def test_nobody_overtakes_one_behind_them_that_does_not_fit() -> None:
+    bench = Bench(num_blocks=400, max_batch_tokens=4000, max_num_seqs=8)
+    bench.add("a", 600)
+    bench.add("b", 640)
+    bench.add("big", 1200, first=1)
+    bench.add("small", 8, first=2)
+    assert bench.step() == {"a": 600}
+    assert bench.scheduler.short_of_blocks
+    assert bench.waiting() == ["b", "big", "small"]
+
+
+def test_who_waits_for_others_keeps_the_turn_of_his_tenant_and_takes_nobody_elses() -> None:
+    bench = Bench(num_blocks=8000, max_batch_tokens=1000, max_num_seqs=100)
+    bench.add("leader", 3000, tenant="x")
+    bench.step()
+    for number in range(5):
+        bench.add(f"x{number}", 3100, tenant="x")
+    bench.add("x5", 4, tenant="x", first=1)
+    bench.step()
+    bench.add("y", 4, tenant="y", first=2)
+    assert bench.step() == {"leader": 1000}  # with it the budget is spent
+    assert list(bench.step()) == ["leader", "y", "x0", "x1", "x2", "x3", "x4", "x5"]
+
+
+def test_nobody_waits_for_one_that_comes_after_him() -> None:
+    bench = Bench(num_blocks=8000, max_batch_tokens=1001, max_num_seqs=100)
+    bench.add("later", 3000, priority=10)
+    assert bench.step() == {"later": 1000}
+    bench.add("first", 3000, priority=0)
+    assert bench.step() == {"later": 1000, "first": 1}
+    assert bench.step() == {"first": 999, "later": 2}
+
+
+def test_what_is_told_of_the_queue_counts_what_others_compute_until_they_leave() -> None:
+    bench = Bench(num_blocks=8000, max_batch_tokens=1000, max_num_seqs=100)
+    leader = bench.add("leader", 3000)
+    follower = bench.add("a", 3040)
+    bench.add("b", 3080)
+    for number in range(3):
+        bench.add(f"short {number}", 240, first=1)
+    assert bench.scheduler.num_uncached_tokens == 3000 + 40 + 40 + 3 * 240
+    bench.scheduler.remove(leader)
+    assert bench.scheduler.num_uncached_tokens == 3040 + 40 + 3 * 240
+    bench.step()
+    assert bench.running() == ["a"]
+    assert bench.scheduler.load().queued.prefill_tokens == 2040 + 40 + 3 * 240
+    bench.finish(follower)  # a third of it is cached
+    assert bench.scheduler.load().queued.prefill_tokens == 2080 + 3 * 240
 
 
 def test_what_new_prompts_have_computed_is_told_once() -> None:
@@ -308,3 +360,14 @@ def test_what_new_prompts_have_computed_is_told_once() -> None:
     bench.add("c", 511, first=1)
     bench.add("d", 1600, prompt_logprobs=0)
     assert bench.kv.drain_coming() == []
+
+
+def test_an_answer_that_is_not_there_yet_is_nothing_to_wait_for() -> None:
+    """A simulated sequence knows the hashes of its whole answer."""
+    bench = Bench(num_blocks=2000, max_batch_tokens=2000, max_num_seqs=8)
+    first = bench.add("a", 600)
+    first.hashes += block_hashes(range(1200), SIZE, 0)[150:]
+    bench.add("b", 1200)
+    assert bench.scheduler.num_uncached_tokens == 600 + 600
+    assert bench.step() == {"a": 600}
+    assert bench.step() == {"a": 1, "b": 600}

@@ -3,7 +3,10 @@
 import gc
 import weakref
 
+import pytest
+
 from engine.kv.block_hash import SAMPLE_TOKENS, sampled
+from engine.kv.events import KvEvent
 from router.coming_prefixes import ComingPrefixes
 from router.placement import Placed
 from tests.router.dispatch.workers import BLOCK, Cluster
@@ -82,12 +85,23 @@ def test_a_worker_that_lost_its_cache_is_about_to_hold_nothing() -> None:
     assert (coming._prompts, coming._ends) == ({}, [])
 
 
+def test_what_other_workers_compute_ends_in_its_order_after_one_has_lost_its_cache() -> None:
+    coming = ComingPrefixes()
+    for number in range(20):
+        expect(coming, f"p{number % 2}", chain(STRIDE, 1000 * number), float((7 * number) % 20))
+    coming.forget("p0")
+    for now in range(2, 22):
+        found(coming, [], float(now))
+        assert len(coming._ends) == len(coming._prompts) == sum(1 for n in range(1, 20, 2) if (7 * n) % 20 + 2 > now)
+
+
 def test_of_a_prompt_computed_everywhere_some_workers_are_remembered() -> None:
     coming = ComingPrefixes()
     prompt = chain(STRIDE)
     for number in range(20):
         expect(coming, f"p{number}", prompt)
     assert found(coming, prompt) == {f"p{number}": SAMPLE_TOKENS for number in range(12, 20)}
+    found(coming, prompt, 3.0)  # that so many are over is noticed bit by bit
     assert found(coming, prompt, 3.0) == {}
 
 
@@ -115,6 +129,50 @@ def test_they_do_not_follow_it_to_a_worker_that_has_come_anew() -> None:
     placed = it.place(1600, document)
     assert isinstance(placed, Placed)
     assert placed.decision.hit_tokens == 0
+
+
+@pytest.mark.parametrize("ended", ["cancelled", "failed", "answered"])
+def test_they_do_not_follow_one_whose_prompt_was_not_computed(ended: str) -> None:
+    it = Cluster(["p0", "d0"])
+    first = it.place(1600, chain(1600 // BLOCK))
+    if ended == "failed":
+        it.placement.put_back(first.candidate)
+        it.placement.release(first.candidate)
+    else:
+        it.placement.release(first.candidate, 5 if ended == "answered" else None)
+    placed = it.place(1600, chain(1600 // BLOCK))
+    assert placed.decision.hit_tokens == (1536 if ended == "answered" else 0)
+    assert (len(it.placement._computed), len(it.placement._coming._ends)) == (
+        1 if ended != "answered" else 0,
+        2 - (ended == "answered"),
+    )
+
+
+def test_a_cache_that_was_cleared_is_not_about_to_hold_anything() -> None:
+    it = Cluster(["p0", "d0"])
+    it.place(1600, chain(1600 // BLOCK))
+    it.placement.apply("p0", KvEvent(cleared=True))
+    assert it.place(1600, chain(1600 // BLOCK)).decision.hit_tokens == 0
+
+
+def test_what_is_cached_and_what_comes_are_not_added_up() -> None:
+    it = Cluster(["p0", "d0"])
+    prompt = chain(3200 // BLOCK)
+    it.placement.apply("p0", KvEvent(stored=tuple(prompt[: 1024 // BLOCK])))
+    it.place(2048, prompt[: 2048 // BLOCK])
+    assert it.place(3200, prompt).decision.hit_tokens == 2048
+    assert sorted(it.placement._coming._prompts) == [95, 127, 159, 191]  # of both, what was not known before
+
+
+def test_one_that_waits_in_a_queue_is_believed_for_as_long() -> None:
+    it = Cluster(["p0", "d0"])
+    it.report("p0", queue_s=10.0)
+    it.report("d0", num_running=1)
+    it.place(1600, chain(1600 // BLOCK))
+    it.clock.now += 5.0
+    assert it.place(1600, chain(1600 // BLOCK)).decision.hit_tokens == 1536
+    it.clock.now += 60.0
+    assert it.place(1600, chain(1600 // BLOCK)).decision.hit_tokens == 0
 
 
 def test_they_follow_one_that_came_through_another_router() -> None:

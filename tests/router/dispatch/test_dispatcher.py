@@ -8,6 +8,7 @@ from engine.errors import InvalidRequest
 from engine.kv.block_hash import block_hashes, chain_seed
 from engine.request import FinishReason
 from router.admission import AdmissionConfig
+from router.flight import Slo
 from router.generation import DeadlineExceeded, Overloaded
 from router.policies import LeastLoaded, RoundRobin
 from tests.router.dispatch.cluster import EXPECTED, PROMPT, Gate, cluster, collect, fail_once
@@ -243,6 +244,26 @@ async def test_closing_the_dispatcher_fails_what_runs_and_leaves_nothing_on_work
         await it.signal.until(lambda: not it["d0"].jobs and not it["p0"].jobs)
         with pytest.raises(Overloaded, match="shutting down"):
             it.start()
+
+
+async def test_a_request_that_is_refused_leaves_no_cycle_either():
+    gc.disable()
+    try:
+        async with cluster(1, 1, slo=Slo(ttft_s=1e-9)) as it:
+            flights: list[weakref.ref[object]] = []
+            release = it.dispatcher.flight_over
+
+            def over(flight: object) -> None:
+                flights.append(weakref.ref(flight))
+                release(flight)
+
+            it.dispatcher.flight_over = over
+            for _ in range(3):
+                with pytest.raises(Overloaded):
+                    it.start()
+            assert [flight() for flight in flights] == [None] * 3
+    finally:
+        gc.enable()
 
 
 async def test_a_request_that_is_over_leaves_no_cycle_that_has_to_be_collected():

@@ -22,7 +22,7 @@ async def test_a_request_that_cannot_be_in_time_is_refused_at_once():
         assert await collect(it.start()) == EXPECTED
 
 
-async def test_what_a_request_says_of_its_time_counts_more_than_what_the_deployment_does(monkeypatch):
+async def test_of_what_a_request_and_the_deployment_say_of_its_time_the_stricter_counts(monkeypatch):
     limits: list[tuple[float | None, float | None]] = []
     choose = PrefixAware.choose
 
@@ -32,11 +32,11 @@ async def test_what_a_request_says_of_its_time_counts_more_than_what_the_deploym
 
     monkeypatch.setattr(PrefixAware, "choose", spy)
     async with cluster(1, 1, slo=Slo(ttft_s=60.0)) as it:
-        for hints in (RouteHints(), RouteHints(tpot_s=7.0), RouteHints(ttft_s=90.0, tpot_s=8.0)):
+        for hints in (RouteHints(), RouteHints(tpot_s=7.0), RouteHints(ttft_s=30.0), RouteHints(ttft_s=90.0)):
             assert await collect(it.start(hints=hints)) == EXPECTED
         with pytest.raises(Overloaded):
             it.start(hints=RouteHints(ttft_s=1e-9))
-    assert limits == [(60.0, None), (60.0, 7.0), (90.0, 8.0), (1e-9, None)]
+    assert limits == [(60.0, None), (60.0, 7.0), (30.0, None), (60.0, None), (1e-9, None)]
 
 
 async def test_a_request_that_waits_is_refused_when_it_cannot_be_in_time_any_more():

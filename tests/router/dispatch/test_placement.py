@@ -12,7 +12,7 @@ from router.admission import AdmissionConfig
 from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation
 from router.placement import Placed, PlacementConfig, Refused
-from router.policies import RequestFacts
+from router.policies import RequestFacts, RoundRobin
 from tests.router.dispatch.workers import BLOCK, FAST_MODEL, Cluster, Prompt
 
 
@@ -243,6 +243,47 @@ def test_a_prompt_that_no_worker_can_ever_hold_is_refused_and_keeps_nobody_waiti
     assert (refused.retry_after, refused.reason.split("; ")[0]) == (None, "the prompt has 100000 tokens")
     assert isinstance(placed, Placed)
     assert placed.candidate is behind
+
+
+def test_who_has_waited_for_too_long_is_refused_wherever_he_stands():
+    it = Cluster(["p0", "d0"])
+    it.report("d0", num_running=500)  # no room
+    head, first, last = it.add(), it.add(ttft_s=2.0), it.add(ttft_s=1.0)
+    it.clock.now = 0.9
+    assert it.pump() == []
+    for now, late in (1.0, last), (2.0, first):
+        it.clock.now = now
+        (refused,) = it.pump()
+        assert (refused.candidate, refused.reason) == (late, "no worker can serve the request in time")
+        assert refused.retry_after >= 1
+    assert it.placement.waiting() == [head]
+    it.report("d0")
+    (placed,) = it.pump()
+    assert placed.candidate is head
+
+
+@pytest.mark.parametrize("how", ["placed", "left", "refused", "too long"])
+def test_nothing_is_kept_of_the_limits_of_those_that_wait_no_more(how):
+    it = Cluster(["p0", "d0"], PlacementConfig(AdmissionConfig(max_queue=1)))
+    it.report("d0", num_running=0 if how == "placed" else 500)
+    mine = it.add(100_000 if how == "too long" else 1600, ttft_s=60.0)
+    if how == "refused":
+        it.add(priority=-1)
+    outcomes = it.pump()
+    assert len(outcomes) == (how != "left")
+    if how == "left":
+        it.placement.release(mine)
+    assert not it.placement._latest
+
+
+def test_a_policy_that_uses_no_hits_has_no_prompt_hashed():
+    class Unhashed(Prompt):
+        def hashes(self, _block_size: int) -> list[int]:
+            raise AssertionError("it takes time")
+
+    it = Cluster(["p0", "d0"], policy=RoundRobin())
+    it.placement.add(Unhashed(RequestFacts(1600, 200)))
+    assert len(it.pump()) == 1
 
 
 @pytest.mark.parametrize("session", ["", "s"])

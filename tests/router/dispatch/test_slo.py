@@ -74,6 +74,15 @@ def test_without_room_a_request_waits_until_it_cannot_be_in_time():
     assert outcome(table, now=1.5) is None
 
 
+def test_a_request_that_only_full_workers_can_serve_in_time_keeps_nobody_from_the_others():
+    quick, slow = worker("d0", num_seqs=40, num_free_blocks=0), worker("d1", num_seqs=60)
+    table = view(worker("p0"), quick, slow)
+    table.demand.mean_output = 1e9
+    assert outcome(table).decode == "d1"
+    assert isinstance(outcome(table, tpot_s=0.06), Reject)
+    assert outcome(view(worker("p0"), quick), tpot_s=0.06) is None
+
+
 def test_a_request_that_has_no_time_to_keep_is_never_rejected():
     table = view(worker("p0", queue_s=900.0), worker("d0", num_seqs=90))
     assert isinstance(outcome(table), RoutingDecision)
