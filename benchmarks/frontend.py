@@ -77,6 +77,7 @@ class Load:
     num_output: int
     stream: bool
     timeline: bool = False  # ask for the workers' times
+    poll: bool = False  # never sleep
 
     def fields(self, prompt: Any) -> dict[str, Any]:
         return {"prompt": prompt, "max_tokens": self.num_output, "temperature": 0, "stream": self.stream}
@@ -155,8 +156,16 @@ async def raw(load: Load) -> Measured:
             got.firsts.append(connection.first_at - began)
         connection.transport.close()
 
+    async def poll() -> None:
+        while True:
+            os.sched_yield()  # the workers are on this core, too
+            await asyncio.sleep(0)
+
     began = time.perf_counter()
+    polling = asyncio.ensure_future(poll()) if load.poll else None
     await asyncio.gather(*map(client, connections))
+    if polling is not None:
+        polling.cancel()
     return replace(got, elapsed=time.perf_counter() - began)
 
 
@@ -266,7 +275,15 @@ class Prompts:
 
 class Bench:
     def __init__(
-        self, url: str, router: Router, speed: CoreSpeed, pool: ProcessPoolExecutor, prompts: Prompts, stream: bool
+        self,
+        url: str,
+        router: Router,
+        speed: CoreSpeed,
+        pool: ProcessPoolExecutor,
+        prompts: Prompts,
+        *,
+        stream: bool,
+        poll: bool,
     ) -> None:
         self._url = url
         self._router = router
@@ -274,11 +291,13 @@ class Bench:
         self._pool = pool
         self._prompts = prompts
         self._stream = stream
+        self._poll = poll
 
     async def run(
         self, client: Any, num_connections: int, num_requests: int, num_output: int, *, timeline: bool = False
     ) -> Measured:
-        load = Load(self._url, self._prompts.make(num_requests), num_connections, num_output, self._stream, timeline)
+        prompts = self._prompts.make(num_requests)
+        load = Load(self._url, prompts, num_connections, num_output, self._stream, timeline, self._poll)
         before, began = self._router.cpu(), time.monotonic()
         measured = await asyncio.get_running_loop().run_in_executor(self._pool, partial(generate, client, load))
         cpu = self._router.cpu() - before
@@ -362,6 +381,11 @@ async def main() -> None:
     parser.add_argument("--ids", action="store_true", help="send token ids in place of text")
     parser.add_argument("--whole", action="store_true", help="answers in one body, not streams")
     parser.add_argument("--raw-only", action="store_true", help="without the openai client")
+    parser.add_argument(
+        "--poll",
+        action="store_true",
+        help="the raw client polls its connections: waking its core, which a client elsewhere has not, costs nothing",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = args.model or str(demo_model())
@@ -377,7 +401,8 @@ async def main() -> None:
             form = f"{'ids' if args.ids else 'text'}, {'whole' if args.whole else 'streamed'}"
             print(f"{args.input} tokens in ({form}), {args.output} out, {args.workers}P{args.workers}D")
             prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
-            await measure(Bench(cluster.url, router, speed, pool, prompts, not args.whole), args)
+            bench = Bench(cluster.url, router, speed, pool, prompts, stream=not args.whole, poll=args.poll)
+            await measure(bench, args)
 
 
 if __name__ == "__main__":
