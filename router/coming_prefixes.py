@@ -19,6 +19,8 @@ _MAX_EXPIRED = 16  # prompts in one call: after a pause many are over at once
 
 
 class ComingPrompt:
+    """What one worker was told of at one time; who has it may `drop` it."""
+
     __slots__ = ("__weakref__", "alone", "hashes", "worker_id")
 
     def __init__(self, worker_id: str, hashes: Sequence[int]) -> None:
@@ -72,12 +74,6 @@ class ComingPrefixes:
         self._ends = [end for end in self._ends if end[2].worker_id != worker_id]
         heapify(self._ends)
 
-    def _expire(self, now: float) -> None:
-        for _ in range(_MAX_EXPIRED):
-            if not self._ends or self._ends[0][0] > now:
-                return
-            self.drop(heappop(self._ends)[2])
-
     def drop(self, prompt: ComingPrompt) -> None:
         """It is over, or will not be computed. Idempotent."""
         prompts = self._prompts
@@ -92,3 +88,9 @@ class ComingPrefixes:
                 else:
                     del prompts[block_hash]
         prompt.alone = prompt.hashes = ()  # it has been one of its own
+
+    def _expire(self, now: float) -> None:
+        for _ in range(_MAX_EXPIRED):
+            if not self._ends or self._ends[0][0] > now:
+                return
+            self.drop(heappop(self._ends)[2])
