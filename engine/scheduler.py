@@ -33,7 +33,7 @@ by_key = attrgetter("key")
 # What is computed for another sequence anyway is worth waiting for from so many tokens on: for fewer, a step of its own
 # costs more than computing them again.
 _MIN_SHARED_TOKENS = 256
-_MAX_LOOKED_AT = 64  # waiting sequences, the last ones, that a new one is compared with
+_MAX_LOOKED_AT = 64  # of the waiting sequences ahead of a new one, the last, that it is compared with
 
 
 class Schedulable(Protocol):
@@ -114,8 +114,9 @@ class Scheduler(Generic[S]):
 
     def add(self, sequence: S) -> None:
         """Queue a sequence in its place."""
-        self._begin_to_wait(sequence, self.waiting)
-        insort(self.waiting, sequence, key=by_key)
+        place = bisect_left(self.waiting, sequence.key, key=by_key)
+        self._begin_to_wait(sequence, place)
+        self.waiting.insert(place, sequence)
         self._kv.expect(sampled(self._reusable(sequence), self._kv.block_size, sequence.num_likely_tokens))
 
     def join(self, sequence: S) -> None:
@@ -209,7 +210,7 @@ class Scheduler(Generic[S]):
         self.add(sequence)
 
     def _admit(self, plan: Plan[S], budget: int) -> None:
-        passed_over, awaited = 0, list[tuple[int, int]]()
+        passed_over, awaited = 0, dict[int, set[int]]()
         while budget > 0 and passed_over < len(self.waiting) and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[passed_over]
             if self._waits_for_others(sequence, awaited):
@@ -225,13 +226,13 @@ class Scheduler(Generic[S]):
             plan.started.append(sequence)
             budget -= self._compute(sequence, budget, plan)
 
-    def _waits_for_others(self, sequence: S, awaited: list[tuple[int, int]]) -> bool:
-        """Whether enough of what it lacks is being computed by running ones ahead of it. `awaited`: blocks, by their
-        places and hashes, of which that is known."""
+    def _waits_for_others(self, sequence: S, awaited: dict[int, set[int]]) -> bool:
+        """Whether enough of what it lacks is being computed by running ones ahead of it. `awaited`: hashes of
+        blocks of which that is known, by their places."""
         if sequence.wants_prompt_logprobs:
             return False
         num_blocks = (sequence.num_tokens - 1) // self._kv.block_size
-        if any(place < num_blocks and sequence.hashes[place] == block_hash for place, block_hash in awaited):
+        if any(place < num_blocks and sequence.hashes[place] in hashes for place, hashes in awaited.items()):
             return True
         place = self._kv.num_likely(self._reusable(sequence)) + self._min_shared - 1
         if place >= num_blocks:
@@ -240,15 +241,15 @@ class Scheduler(Generic[S]):
         ahead = itertools.islice(self.running, bisect_left(self.running, sequence.key, key=by_key))
         if not any(self._computes(other, place, block_hash) for other in ahead):
             return False
-        awaited.append((place, block_hash))
+        awaited.setdefault(place, set()).add(block_hash)
         return True
 
     def _computes(self, other: S, place: int, block_hash: int) -> bool:
         """Whether it has this block and not got its first token since, with which the block is cached."""
-        if place >= len(other.hashes) or other.hashes[place] != block_hash:
-            return False
         num_tokens = len(other.token_ids)
-        return num_tokens == len(other.request.token_ids) and place < num_tokens // self._kv.block_size
+        if place >= min(len(other.hashes), num_tokens // self._kv.block_size) or other.hashes[place] != block_hash:
+            return False
+        return num_tokens == len(other.request.token_ids)
 
     def _reserve(self, sequence: S) -> bool:
         """Blocks for all tokens, or none: those of the longest cached prefix, and fresh ones.
@@ -275,8 +276,9 @@ class Scheduler(Generic[S]):
             return []
         return sequence.hashes[: (sequence.num_tokens - 1) // self._kv.block_size]
 
-    def _begin_to_wait(self, sequence: S, ahead: Sequence[S]) -> None:
-        sequence.num_likely_tokens = self._num_likely(sequence, ahead) * self._kv.block_size
+    def _begin_to_wait(self, sequence: S, place: int) -> None:
+        """Behind so many others."""
+        sequence.num_likely_tokens = self._num_likely(sequence, place) * self._kv.block_size
         self._count(sequence, 1)
 
     def _count(self, sequence: S, sign: int) -> None:
@@ -287,24 +289,28 @@ class Scheduler(Generic[S]):
         self.num_uncached_tokens += sign * lacking
         self.num_uncached_pairs += sign * num_pairs(lacking, past)
 
-    def _num_likely(self, sequence: S, ahead: Sequence[S]) -> int:
-        """Of its blocks, how many are cached or will be by its turn, as running or waiting ones compute them."""
+    def _num_likely(self, sequence: S, place: int) -> int:
+        """Of its blocks, how many are cached or will be by its turn, as running ones or those ahead compute them."""
         hashes = self._reusable(sequence)
         cached = shared = self._kv.num_likely(hashes)
-        for other in itertools.chain(self.running, ahead[-_MAX_LOOKED_AT:]):
+        for other in itertools.chain(self.running, self.waiting[max(0, place - _MAX_LOOKED_AT) : place]):
             if shared < len(hashes) and self._computes(other, shared, hashes[shared]):
                 theirs, end = other.hashes, min(len(hashes), len(other.token_ids) // self._kv.block_size)
                 shared = bisect_left(range(end), True, lo=shared, key=lambda place: theirs[place] != hashes[place])
         return shared if shared - cached >= self._min_shared else cached
 
     def _count_again(self, hashes: Sequence[int]) -> None:
-        """Of who waits, the first that counted on these blocks; who is behind it counts on it."""
+        """For those who counted on these blocks, which leave: who has some of them that nobody ahead of him has."""
+        covered, size = 0, self._kv.block_size
         for place, sequence in enumerate(self.waiting):
-            last = sequence.num_likely_tokens // self._kv.block_size - 1
-            if 0 <= last < len(hashes) and sequence.hashes[last] == hashes[last]:
+            theirs, last = sequence.hashes, sequence.num_likely_tokens // size - 1
+            if covered <= last < len(hashes) and theirs[last] == hashes[last]:
                 self._count(sequence, -1)
-                self._begin_to_wait(sequence, self.waiting[:place])
-                return
+                self._begin_to_wait(sequence, place)
+                end = min(len(hashes), len(sequence.token_ids) // size)
+                covered = bisect_left(range(end), True, lo=last, key=lambda at: theirs[at] != hashes[at])
+                if covered == len(hashes):
+                    return
 
     @property
     def _min_shared(self) -> int:

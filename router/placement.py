@@ -188,12 +188,12 @@ class Placement(Generic[C]):
 
     def pump(self) -> Iterator[Placed[C] | Refused[C]]:
         """All that can be decided now: first come first, until one finds no room. Reserve before taking the next."""
+        yield from self._late()
         while (candidate := self._queue.head()) is not None:
             outcome = self._decide(candidate)
             if outcome is None:
                 break
             yield outcome
-        yield from self._late()
         fresh, self._fresh = self._fresh, []
         for candidate in filter(self._queue.waits, fresh):
             too_long = self._too_long(candidate, candidate.facts())

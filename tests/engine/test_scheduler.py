@@ -371,3 +371,58 @@ def test_an_answer_that_is_not_there_yet_is_nothing_to_wait_for() -> None:
     assert bench.scheduler.num_uncached_tokens == 600 + 600
     assert bench.step() == {"a": 600}
     assert bench.step() == {"a": 1, "b": 600}
+
+
+def test_overtaking_ends_nobodys_turn() -> None:
+    bench = Bench(num_blocks=4000, max_batch_tokens=3000, max_num_seqs=8)
+    bench.add("leader", 2000, tenant="x")
+    bench.add("follower", 2004, tenant="x")
+    bench.add("other", 800, tenant="x", first=1)
+    assert bench.step() == {"leader": 2000, "other": 800}
+    assert bench.scheduler.turns.take("y", 10) == 0
+
+
+def test_each_who_counted_on_one_that_left_has_to_compute_what_nobody_ahead_of_him_does() -> None:
+    bench = Bench(num_blocks=8000, max_batch_tokens=100, max_num_seqs=8)
+    leader = bench.add("leader", 4000)
+    bench.add("short", 1000)
+    bench.add("long", 4012)
+    bench.add("longer", 4400)
+    assert bench.scheduler.num_uncached_tokens == 4000 + 4 + 12 + 388
+    bench.scheduler.remove(leader)
+    assert bench.scheduler.num_uncached_tokens == 1000 + 3012 + 388
+
+
+def test_who_is_ahead_counts_on_nobody_behind() -> None:
+    bench = Bench(num_blocks=8000, max_batch_tokens=100, max_num_seqs=8)
+    bench.add("later", 1500)
+    bench.add("urgent", 1500, priority=-1)
+    assert bench.scheduler.num_uncached_tokens == 3000
+
+
+def test_a_prompt_that_is_preempted_counts_on_nobody_who_waits_for_it() -> None:
+    bench = Bench(num_blocks=380, max_batch_tokens=513, max_num_seqs=8)
+    first = bench.add("first", 4)
+    bench.step()
+    bench.add("leader", 1500, first=1)
+    bench.step()
+    bench.add("follower", 1504, first=1)
+    assert bench.kv.allocate(bench.kv.num_free) is not None
+    while bench.running() == ["first", "leader"]:  # until the first one's answer needs a block
+        plan = bench.scheduler.plan()
+        bench.compute(Plan([each for each in plan.work if each[0] is first]))
+    assert bench.waiting() == ["leader", "follower"]
+    assert bench.scheduler.num_uncached_tokens == 1500 - 512 + 4
+
+
+def test_a_new_prompt_is_compared_with_the_last_that_wait_ahead_of_it() -> None:
+    bench = Bench(num_blocks=8000, max_batch_tokens=100, max_num_seqs=8)
+    bench.add("leader", 1000)
+    for number in range(63):
+        bench.add(f"s{number}", 4, first=number + 1)
+    bench.add("near", 1000)
+    assert bench.scheduler.num_uncached_tokens == 1000 + 63 * 4 + 4
+    for number in range(64):
+        bench.add(f"t{number}", 4, first=number + 100)
+    bench.add("far", 1000)
+    assert bench.scheduler.num_uncached_tokens == 1000 + 63 * 4 + 4 + 64 * 4 + 1000

@@ -262,6 +262,27 @@ def test_who_has_waited_for_too_long_is_refused_wherever_he_stands():
     assert placed.candidate is head
 
 
+def test_one_who_leaves_while_another_is_refused_for_being_late_is_not_refused_too():
+    it = Cluster(["p0", "d0"])
+    it.report("d0", num_running=500)
+    first, second = it.add(ttft_s=1.0), it.add(ttft_s=1.0)
+    it.clock.now = 2.0
+    outcomes = it.placement.pump()
+    assert next(outcomes).candidate is first
+    it.placement.release(second)
+    assert list(outcomes) == []
+
+
+def test_who_stands_behind_one_that_is_late_is_placed_at_once():
+    it = Cluster(["p0", "d0"], policy=RoundRobin())
+    it.report("d0", num_running=383)  # the last place, but no memory for much
+    late, behind = it.add(90_000, ttft_s=1.0), it.add(100)
+    assert it.pump() == []
+    it.clock.now = 2.0
+    refused, placed = it.pump()
+    assert (refused.candidate, placed.candidate) == (late, behind)
+
+
 @pytest.mark.parametrize("how", ["placed", "left", "refused", "too long"])
 def test_nothing_is_kept_of_the_limits_of_those_that_wait_no_more(how):
     it = Cluster(["p0", "d0"], PlacementConfig(AdmissionConfig(max_queue=1)))
