@@ -15,7 +15,7 @@ from engine.kv.block_hash import sample_blocks, sampled
 
 _MAX_PROMPTS = 8  # of those that have a block; more would cost each decision time and win nobody any
 _LATE_S = 2.0  # after the first token is expected
-_MAX_EXPIRED = 16  # prompts in one call: after a pause many are over at once
+_MAX_EXPIRED = 4  # prompts in one call: after a pause many are over at once
 
 
 class ComingPrompt:
@@ -41,15 +41,19 @@ class ComingPrefixes:
         """A worker is going to compute these blocks, a sample of a prompt's or of several, in so many seconds. None: it
         is no news."""
         self._expire(now)
-        prompts = self._prompts
-        if not prompts.keys().isdisjoint(hashes):  # what it was going to compute already is no news
-            hashes = [each for each in hashes if all(other.worker_id != worker_id for other in prompts.get(each, ()))]
+        prompts, others = self._prompts, {}
+        if not prompts.keys().isdisjoint(hashes):
+            others = {each: having for each in hashes if (having := prompts.get(each)) is not None}
+            # What it was going to compute already is no news.
+            known = {each for each, having in others.items() if any(other.worker_id == worker_id for other in having)}
+            hashes = [each for each in hashes if each not in known]
         if not hashes:
             return None
         prompt = ComingPrompt(worker_id, hashes)
-        for block_hash in hashes:
-            others = prompts.get(block_hash)
-            prompts[block_hash] = prompt.alone if others is None else (*others[1 - _MAX_PROMPTS :], prompt)
+        prompts.update(dict.fromkeys(hashes, prompt.alone))
+        for block_hash in hashes if others else ():
+            if block_hash in others:
+                prompts[block_hash] = (*others[block_hash][1 - _MAX_PROMPTS :], prompt)
         heappush(self._ends, (now + seconds + _LATE_S, next(self._numbers), prompt))
         return prompt
 
@@ -76,17 +80,11 @@ class ComingPrefixes:
 
     def drop(self, prompt: ComingPrompt) -> None:
         """It is over, or will not be computed. Idempotent."""
-        prompts = self._prompts
+        prompts, alone = self._prompts, prompt.alone
         for block_hash in prompt.hashes:
-            having = prompts.get(block_hash)
-            if having is prompt.alone:
-                del prompts[block_hash]
-            elif having is not None:
-                left = tuple(each for each in having if each is not prompt)
-                if left:
-                    prompts[block_hash] = left
-                else:
-                    del prompts[block_hash]
+            having = prompts.pop(block_hash, alone)
+            if having is not alone and (left := tuple(each for each in having if each is not prompt)):
+                prompts[block_hash] = left
         prompt.alone = prompt.hashes = ()  # it has been one of its own
 
     def _expire(self, now: float) -> None:
