@@ -21,7 +21,7 @@ _MAX_EXPIRED = 4  # prompts in one call: after a pause many are over at once
 class ComingPrompt:
     """What one worker was told of at one time; who has it may `drop` it."""
 
-    __slots__ = ("__weakref__", "alone", "hashes", "worker_id")
+    __slots__ = ("alone", "hashes", "worker_id")
 
     def __init__(self, worker_id: str, hashes: Sequence[int]) -> None:
         self.worker_id = worker_id

@@ -178,7 +178,8 @@ class Placement(Generic[C]):
             return
         if num_output_tokens is None:
             self._expect_no_more(candidate)
-        self._computed.pop(candidate, None)
+        else:
+            self._computed.pop(candidate, None)
         self._latest.pop(candidate, None)
         turn = self._turns.pop(candidate, None)
         if turn is not None:
@@ -269,20 +270,25 @@ class Placement(Generic[C]):
         demand = self._table.demand
         where = demand.on_decode if decision.prefill is None else demand.on_prefill
         where.placed(decision.prefill_s, self._table.now)
-        if self._policy.uses_hits:
-            worker_id = decision.prefill or decision.decode
-            block_size = self._states[worker_id].description.block_size
-            lacking = sampled(candidate.hashes(block_size), block_size, decision.hit_tokens)
-            prompt = self._coming.expect(worker_id, lacking, decision.ttft_s, self._table.now)
-            if prompt is not None:
-                self._computed[candidate] = prompt
-        if facts.session and self._policy.uses_hits:
+        if not self._policy.uses_hits:
+            return
+        self._expect(candidate, decision)
+        if facts.session:
             block_size = self._states[decision.decode].description.block_size
             hashes = candidate.hashes(block_size)
             if hashes:
                 turn = Turn(decision.prefill, decision.decode, facts.num_tokens, block_size, len(hashes), hashes[-1])
                 self._turns[candidate] = turn
                 self._affinity.placed((facts.tenant, facts.session), turn)
+
+    def _expect(self, candidate: C, decision: RoutingDecision) -> None:
+        """Who prefills it soon holds it."""
+        worker_id = decision.prefill or decision.decode
+        block_size = self._states[worker_id].description.block_size
+        lacking = sampled(candidate.hashes(block_size), block_size, decision.hit_tokens)
+        prompt = self._coming.expect(worker_id, lacking, decision.ttft_s, self._table.now)
+        if prompt is not None:
+            self._computed[candidate] = prompt
 
     def _expect_no_more(self, candidate: C) -> None:
         """What it was to have computed has not been, as far as is known."""

@@ -1,13 +1,12 @@
 """What is believed of prompts on their way."""
 
 import gc
-import weakref
 
 import pytest
 
 from engine.kv.block_hash import SAMPLE_TOKENS, sampled
 from engine.kv.events import KvEvent
-from router.coming_prefixes import ComingPrefixes
+from router.coming_prefixes import ComingPrefixes, ComingPrompt
 from router.placement import Placed
 from tests.router.dispatch.workers import BLOCK, Cluster
 
@@ -62,13 +61,14 @@ def test_what_is_only_heard_of_and_never_asked_for_leaves_nothing_either() -> No
 
 
 def test_prompts_that_are_over_leave_no_garbage_in_cycles() -> None:
-    coming = ComingPrefixes()
-    expect(coming, "p0", chain(STRIDE))
-    prompt = weakref.ref(coming._ends[0][2])
+    gc.collect()
     gc.disable()
     try:
+        coming = ComingPrefixes()
+        expect(coming, "p0", chain(STRIDE))
+        assert sum(isinstance(each, ComingPrompt) for each in gc.get_objects()) == 1
         assert found(coming, chain(STRIDE), 3.0) == {}
-        assert prompt() is None
+        assert not any(isinstance(each, ComingPrompt) for each in gc.get_objects())
     finally:
         gc.enable()
 
