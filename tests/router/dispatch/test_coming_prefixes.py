@@ -66,9 +66,9 @@ def test_prompts_that_are_over_leave_no_garbage_in_cycles() -> None:
     try:
         coming = ComingPrefixes()
         expect(coming, "p0", chain(STRIDE))
-        assert sum(isinstance(each, ComingPrompt) for each in gc.get_objects()) == 1
+        assert sum(type(each) is ComingPrompt for each in gc.get_objects()) == 1
         assert found(coming, chain(STRIDE), 3.0) == {}
-        assert not any(isinstance(each, ComingPrompt) for each in gc.get_objects())
+        assert not any(type(each) is ComingPrompt for each in gc.get_objects())
     finally:
         gc.enable()
 
