@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from heapq import nlargest
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,7 @@ MAX_SLO_S = 86400
 MIN_BANDWIDTH = 0.001  # GB/s: below that a simulation does little but renew leases
 MAX_ROUTERS = 256
 MIN_RATE_SCALE, MAX_RATE_SCALE = 0.001, 1_000_000  # an hour in six weeks, and all at once
+MAX_GROUPS = 12  # tenants, or priorities, that the table shows; JSON has all
 POLICIES = "prefix_aware, round_robin, least_loaded, prefix_only, sglang, dynamo, mooncake"
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The cluster's spec.")]
@@ -248,6 +250,15 @@ def report_table(report: "Report") -> Table:
     for role, pool in report.pools.items():
         work = f"{pool.workers}, busy {pool.busy_share:.1%} of the time, {pool.steps} steps"
         table.add_row(f"{role} workers", f"{work}\nKV of {pool.kv_tokens:,} tokens each")
+    for what, groups in (("tenant", report.tenants), ("priority", report.priorities)):
+        large = set(nlargest(MAX_GROUPS, groups, key=lambda name: groups[name].requests))
+        for name, group in groups.items():
+            if name in large:
+                ttft = _line(group.ttft_s, 1.0, "{:.3f}", "s")
+                goodput = f"{group.goodput:.1%} of {group.requests}, {group.refused} refused"
+                table.add_row(f"{what} {name or '(none)'}", f"{goodput}\nTTFT {ttft}")
+        if len(groups) > len(large):
+            table.add_row("", f"and {len(groups) - len(large)} more with fewer requests")
     if report.rejects:
         table.add_row("refused", "; ".join(f"{count}: {reason}" for reason, count in report.rejects.items()))
     table.add_row("decision p50 / p90 / p99", _line(report.decision_us, 1.0, "{:.0f}", "us, on this machine"))

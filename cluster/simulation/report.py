@@ -1,7 +1,7 @@
 """The figures of a simulation, for people and as JSON."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +40,17 @@ class PoolReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupReport:
+    """Of the requests of one tenant, or of one priority."""
+
+    requests: int
+    goodput: float
+    refused: int
+    ttft_s: Percentiles | None
+    tpot_s: Percentiles | None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Times in seconds unless the name says otherwise; `None` where there is nothing to take a percentile of."""
 
@@ -62,6 +73,8 @@ class Report:
     retried: int
     rejects: dict[str, int]  # by reason
     pools: dict[str, PoolReport]
+    tenants: dict[str, GroupReport]  # where there are several
+    priorities: dict[str, GroupReport]  # likewise, the most urgent first
     decision_us: Percentiles | None  # of real time on this machine
     arrivals_s: float
     simulated_s: float
@@ -95,19 +108,47 @@ def make_report(result: Result, *, trace: str, policy: str, seed: int, rate_scal
         goodput=kept / max(1, len(outcomes)),
         goodput_per_s=goodput_per_s,
         goodput_per_s_per_gpu=goodput_per_s / max(1, gpus),
-        ttft_s=percentiles([each.ttft for each in outcomes if each.ttft is not None]),
-        tpot_s=percentiles([each.tpot for each in outcomes if each.tpot is not None]),
+        ttft_s=_ttft(outcomes),
+        tpot_s=_tpot(outcomes),
         hit_rate=sum(each.cached_tokens for each in finished) / max(1, num_prompt_tokens),
         local_prefills=sum(each.prefill_worker is None for each in finished),
         transferred_bytes=sum(each.transferred_bytes for each in outcomes),
         retried=sum(each.num_attempts > 1 for each in outcomes),
         rejects=dict(Counter(each.refused for each in outcomes if each.refused)),
         pools=_pools(result),
+        tenants=_groups(outcomes, lambda each: each.hints.tenant, slo),
+        priorities=_groups(outcomes, lambda each: each.hints.priority, slo),
         decision_us=percentiles([seconds * 1e6 for seconds in result.decision_s]),
         arrivals_s=arrivals_s,
         simulated_s=result.seconds,
         wall_s=result.wall_s,
     )
+
+
+def _groups(outcomes: Sequence[Outcome], key: Callable[[Outcome], Any], slo: Slo) -> dict[str, GroupReport]:
+    groups: dict[Any, list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault(key(each), []).append(each)
+    if len(groups) < 2:
+        return {}
+    return {
+        str(name): GroupReport(
+            requests=len(group),
+            goodput=sum(map(slo.kept, group)) / len(group),
+            refused=sum(bool(each.refused) for each in group),
+            ttft_s=_ttft(group),
+            tpot_s=_tpot(group),
+        )
+        for name, group in sorted(groups.items())
+    }
+
+
+def _ttft(outcomes: Sequence[Outcome]) -> Percentiles | None:
+    return percentiles([each.ttft for each in outcomes if each.ttft is not None])
+
+
+def _tpot(outcomes: Sequence[Outcome]) -> Percentiles | None:
+    return percentiles([each.tpot for each in outcomes if each.tpot is not None])
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:

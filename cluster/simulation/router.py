@@ -13,7 +13,7 @@ from cluster.simulation.events import Events
 from cluster.simulation.handoff import Handoff
 from cluster.simulation.prefill import SimulatedPrefill
 from cluster.simulation.sequence import SimulatedRequest, simulated_request
-from cluster.simulation.trace import TraceRequest
+from cluster.simulation.trace import NO_HINTS, Hints, TraceRequest
 from cluster.simulation.worker import Client, Frame, Said, SimulatedWorker
 from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, WorkerState
@@ -40,6 +40,7 @@ class Outcome:
     decode_worker: str = ""
     num_attempts: int = 0
     refused: str = ""  # why
+    hints: Hints = NO_HINTS
 
     @property
     def ttft(self) -> float | None:
@@ -81,11 +82,14 @@ class SimulatedFlight:
         return self.trace.num_prompt_tokens + self.num_received
 
     def facts(self) -> RequestFacts:
-        fresh = self.outcome.placed is None  # one that has begun is not refused
+        fresh, hints = self.outcome.placed is None, self.trace.hints  # one that has begun is not refused
         return RequestFacts(
             self.num_tokens,
             self.max_new_tokens - self.num_received,
             arrived=self.outcome.arrived,
+            priority=hints.priority,
+            tenant=hints.tenant,
+            session=hints.session_id,
             ttft_s=self.ttft_s if fresh else None,
             tpot_s=self.tpot_s if fresh else None,
             excluded=self.excluded,
@@ -192,6 +196,7 @@ class SimulatedRouter:
             trace.num_prompt_tokens,
             trace.num_tokens,
             flight.whole(worker.engine.kv.block_size),
+            trace.hints,
         )
         if flight.prefill is not None:
             self._send(worker, client, lambda: self._cluster.prefill[worker.worker_id].submit(client, request))
@@ -244,6 +249,7 @@ class SimulatedRouter:
                 request.num_prompt_tokens,
                 request.num_total_tokens,
                 flight.whole(size),
+                flight.trace.hints,
             )
         self._send(worker, client, lambda: decode.submit(client, request, offer))
 

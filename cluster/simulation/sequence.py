@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import cast
 
+from cluster.simulation.trace import Hints
 from engine.kv.layout import BlockId
 from engine.request import Request, RequestId, SamplingParams
 
@@ -20,7 +21,12 @@ class SimulatedRequest(Request, frozen=True):
 
 
 def simulated_request(
-    request_id: str, num_tokens: int, num_prompt_tokens: int, num_total_tokens: int, hashes: Sequence[int]
+    request_id: str,
+    num_tokens: int,
+    num_prompt_tokens: int,
+    num_total_tokens: int,
+    hashes: Sequence[int],
+    hints: Hints,
 ) -> SimulatedRequest:
     """`num_tokens` are known; the answer ends at `num_total_tokens`."""
     return SimulatedRequest(
@@ -29,6 +35,8 @@ def simulated_request(
         num_prompt_tokens,
         _PARAMS,
         seed=0,
+        priority=hints.priority,
+        tenant=hints.tenant,
         hashes=hashes,
         num_total_tokens=num_total_tokens,
     )

@@ -161,7 +161,8 @@ class Simulation:
         now = self._times[number]
 
         def arrive() -> None:
-            outcome = Outcome(number, request.num_prompt_tokens, request.num_output_tokens, now)
+            sizes = (request.num_prompt_tokens, request.num_output_tokens)
+            outcome = Outcome(number, *sizes, now, hints=request.hints)
             self._outcomes.append(outcome)
             setup = self._setup
             max_new_tokens = min(self._max_output_tokens, setup.max_len - request.num_prompt_tokens)

@@ -1,8 +1,9 @@
 """Traces of requests: when they came, how long they were, and what they have in common.
 
 Mooncake's format (a JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of blocks of 512
-tokens, each id standing for the whole prefix up to there) and that of Azure's 2023 traces (CSV: TIMESTAMP,
-ContextTokens, GeneratedTokens; no two prompts have anything in common).
+tokens, each id standing for the whole prefix up to there; here also, where a line says it, `session_id`, `tenant` and
+`priority`) and that of Azure's 2023 traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens; no two prompts have
+anything in common).
 
 No token ids are made up: a block of the simulation is named by the trace's block that it lies in and its place there.
 What an answer says is known where a later prompt goes on from it, as the next turn of a conversation does: the first
@@ -21,6 +22,8 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from router.params import PRIORITIES
+
 TRACE_BLOCK = 512  # tokens a hash id stands for
 WINDOW_S = 3.0  # Mooncake's clock ticks so; arrivals are drawn anew within windows of this length
 MAX_TOKENS = 1 << 30  # of a prompt or an answer
@@ -30,6 +33,17 @@ _SCRAMBLE = 0x9E3779B97F4A7C15  # odd, so multiplication modulo 2**64 keeps name
 
 class TraceError(ValueError):
     """The file holds no trace. The message names the line and the field."""
+
+
+class Hints(msgspec.Struct, frozen=True):
+    """What a client says of a request beside its prompt, as X-Session-ID, X-Tenant-ID and `priority` do."""
+
+    session_id: str = ""
+    tenant: str = ""
+    priority: Annotated[int, msgspec.Meta(ge=PRIORITIES[0], le=PRIORITIES[-1])] = 0
+
+
+NO_HINTS = Hints()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +56,7 @@ class TraceRequest:
     num_output_tokens: int
     contents: Sequence[int]
     num_unshared: int = 0  # of `contents`, the last ones that begin in the prompt and go on in an answer nobody repeats
+    hints: Hints = NO_HINTS
 
     @property
     def num_tokens(self) -> int:
@@ -121,13 +136,14 @@ class _Row:
     num_prompt_tokens: int
     num_output_tokens: int
     ids: Sequence[int]
+    hints: Hints = NO_HINTS
 
     @property
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + self.num_output_tokens
 
 
-class _MooncakeLine(msgspec.Struct):
+class _MooncakeLine(Hints, frozen=True, kw_only=True):
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     output_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
@@ -142,7 +158,8 @@ def _mooncake_rows(lines: Iterator[str]) -> Iterator[_Row]:
             data = msgspec.json.decode(line, type=_MooncakeLine)
         except msgspec.MsgspecError as error:
             raise TraceError(f"line {number}: {error}") from None
-        row = _Row(data.timestamp / 1000, data.input_length, data.output_length, data.hash_ids)
+        hints = Hints(data.session_id, data.tenant, data.priority)
+        row = _Row(data.timestamp / 1000, data.input_length, data.output_length, data.hash_ids, hints)
         if len(row.ids) != -(-row.num_prompt_tokens // TRACE_BLOCK):
             raise TraceError(
                 f"line {number}: hash_ids: {len(row.ids)} for {row.num_prompt_tokens} tokens in blocks of 512"
@@ -191,7 +208,13 @@ def _with_answers(rows: Sequence[_Row]) -> list[TraceRequest]:
         fresh += num_fresh
     return [
         TraceRequest(
-            number, row.seconds, row.num_prompt_tokens, row.num_output_tokens, contents[number], unshared[number]
+            number,
+            row.seconds,
+            row.num_prompt_tokens,
+            row.num_output_tokens,
+            contents[number],
+            unshared[number],
+            row.hints,
         )
         for number, row in enumerate(rows)
     ]

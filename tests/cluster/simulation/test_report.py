@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.simulation.report import Percentiles, PoolReport, Slo, make_report
+from cluster.simulation.report import GroupReport, Percentiles, PoolReport, Slo, make_report
 from cluster.simulation.router import Outcome
 from cluster.simulation.simulation import Result
+from cluster.simulation.trace import Hints
 from tests.cluster.simulation.small import BLOCK, make_setup
 
 
@@ -17,7 +18,7 @@ def test_every_figure_of_a_report() -> None:
     outcomes = [
         Outcome(0, 100, 5, 100.0, 100.0, 101.0, 101.125, 40, 1000, "prefill-0", "decode-0", 1),
         Outcome(1, 300, 3, 102.0, 103.0, 105.0, 105.25, 60, 500, None, "decode-0", 2),
-        Outcome(2, 600, 9, 104.0, refused="late"),
+        Outcome(2, 600, 9, 104.0, refused="late", hints=Hints(tenant="b", priority=-1)),
     ]
     busy_s, num_steps = {"prefill": 3.0, "decode": 4.0}, {"prefill": 5, "decode": 6}
     result = Result(outcomes, [], [2e-6], busy_s, num_steps, 10.0, 0.5, setup)
@@ -34,3 +35,11 @@ def test_every_figure_of_a_report() -> None:
         "decode": PoolReport(1, 4, 64 * BLOCK, pytest.approx(0.4), 6),
     }
     assert (report.simulated_s, report.speed_up) == (10.0, 20.0)
+    assert list(report.tenants) == ["", "b"]
+    assert list(report.priorities.items()) == [("-1", report.tenants["b"]), ("0", report.tenants[""])]
+    assert report.tenants[""] == GroupReport(2, 0.5, 0, report.ttft_s, report.tpot_s)
+    assert report.tenants["b"] == GroupReport(1, 0.0, 1, None, None)
+    alone = make_report(
+        replace(result, outcomes=outcomes[:2]), trace="t", policy="p", seed=3, rate_scale=2.0, slo=Slo()
+    )
+    assert (alone.tenants, alone.priorities) == ({}, {})

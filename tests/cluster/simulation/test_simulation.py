@@ -1,6 +1,7 @@
 """Small clusters whose times are worked out by hand, and what holds of every simulation."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from cluster.simulation.bound import goodput_bound
 from cluster.simulation.report import Slo, make_report
 from cluster.simulation.router import Outcome
 from cluster.simulation.simulation import Result, Setup, Simulation
-from cluster.simulation.trace import Trace
+from cluster.simulation.trace import Hints, Trace
 from cluster.simulation.transfer import TransferSpeed
 from router.policies import LeastLoaded, PrefixAware, RoundRobin
 from tests.cluster.simulation.small import (
@@ -85,6 +86,24 @@ def test_a_cached_prefix_is_neither_computed_nor_sent_again() -> None:
     assert [each.cached_tokens for each in outcomes] == [0, 1024]
     assert outcomes[1].ttft == pytest.approx(2 * NETWORK_S + 0.01 + 76 * 1e-4)
     assert [each.transferred_bytes for each in outcomes] == [1100 * KV_BYTES, 76 * KV_BYTES]
+
+
+@pytest.mark.usefixtures("at_given_times")
+@pytest.mark.parametrize("num_prefill", [0, 1])
+def test_who_waits_behind_a_flood_depends_on_tenant_and_priority(num_prefill: int) -> None:
+    """Twenty prompts of 0.11 s each come at once, and then one more, on a worker or in the router behind a worker."""
+    flood = [request(number, num_prompt=1000) for number in range(20)]
+
+    def ttft(**hints: Any) -> float:
+        last = replace(request(20, 0.001, num_prompt=1000), hints=Hints(**hints))
+        ttft = run(make_setup(num_prefill), trace_of(*flood, last)).outcomes[-1].ttft
+        assert ttft is not None
+        return ttft
+
+    behind_all = ttft()
+    assert behind_all == ttft(session_id="a") == ttft(priority=1) > 20 * 0.11
+    assert ttft(tenant="b") < behind_all / 4
+    assert ttft(priority=-1) < behind_all / 4
 
 
 @pytest.mark.usefixtures("at_given_times")

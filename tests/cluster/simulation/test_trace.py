@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster.simulation.trace import WINDOW_S, Trace, TraceError, TraceRequest, arrivals, load_trace
+from cluster.simulation.trace import (
+    NO_HINTS,
+    WINDOW_S,
+    Hints,
+    Trace,
+    TraceError,
+    TraceRequest,
+    arrivals,
+    load_trace,
+)
 from tests.cluster.simulation.small import request
 
 
@@ -99,6 +108,13 @@ def test_a_trace_whose_ids_go_in_a_circle_is_read_to_its_end(tmp_path: Path, las
     assert all(shared(requests[0].hashes(512), each.hashes(512)) == 2 for each in requests)
 
 
+def test_a_line_may_name_its_session_tenant_and_priority(tmp_path: Path) -> None:
+    path = tmp_path / "named.jsonl"
+    line = '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1]%s}\n'
+    path.write_text(line % "" + line % ', "session_id": "s", "tenant": "t", "priority": -1')
+    assert [each.hints for each in load_trace(path).requests] == [NO_HINTS, Hints("s", "t", -1)]
+
+
 def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
     path.write_text(
@@ -156,6 +172,14 @@ def test_arrivals_stay_in_their_window_and_order_and_differ_by_seed() -> None:
         ('{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": null}', "got `null`.*hash_ids"),
         ('{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [-1]}', ">= 0.*hash_ids"),
         ('{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [9e20]}', "line 1: .*hash_ids"),
+        (
+            '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1], "priority": 2147483648}',
+            "<= 2147483647.*priority",
+        ),
+        (
+            '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1], "tenant": 7}',
+            "got `int`.*tenant",
+        ),
         ('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "hash_ids: 1 for 600 tokens"),
         ("", "holds no request"),
         ("\n\n", "holds no request"),

@@ -1,0 +1,40 @@
+"""A Mooncake trace whose requests have tenants or priorities, on stdout: drawn at random.
+
+python -m benchmarks.tenant_trace conversation_trace.jsonl --tenants large=8 b=1 c=1 > tenants.jsonl
+python -m benchmarks.tenant_trace conversation_trace.jsonl --urgent 0.1 > urgent.jsonl
+baton simulate spec.yaml --trace tenants.jsonl --rate-scale 6
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+
+def share(text: str) -> tuple[str, float]:
+    name, _, weight = text.rpartition("=")
+    if not float(weight) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: a name, =, and a number above 0")
+    return name, float(weight)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--tenants", type=share, nargs="+", default=[], metavar="NAME=WEIGHT")
+    parser.add_argument("--urgent", type=float, default=0.0, help="part of the requests that has priority -1")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    names, weights = zip(*args.tenants, strict=True) if args.tenants else ((), ())
+    for line in args.trace.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        if names:
+            (fields["tenant"],) = rng.choices(names, weights)
+        if rng.random() < args.urgent:
+            fields["priority"] = -1
+        print(json.dumps(fields))
+
+
+if __name__ == "__main__":
+    main()
