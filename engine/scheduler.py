@@ -2,7 +2,7 @@
 
 Owned by the engine; pure: no clock, no randomness. Everything goes by (priority, turn, arrival), lower first: tenants
 whose prompts wait take turns (engine/turns.py). Each step gives every decoding sequence its token, then spends the rest
-of the budget on prompts in order, then admits waiting ones in order: a prompt that does not fit yet is never bypassed,
+of the budget on prompts in order, those that run and those that wait: a prompt that does not fit yet is never bypassed,
 but one whose beginning a running sequence computes right now lets others go first and finds it cached afterwards.
 Admission takes all blocks the known tokens need, so only decoding can run short; then the last running sequence gives
 its blocks up and waits again in its old place. The first one is never preempted and fits alone, so it finishes, and
@@ -164,9 +164,9 @@ class Scheduler(Generic[S]):
             return Plan(must_wait=True)
         budget = self._config.max_batch_tokens - len(plan.work)
         for sequence in prefills:
+            budget = self._admit(plan, budget, sequence.key)
             budget -= self._compute(sequence, budget, plan)
-        if not self.short_of_blocks:
-            self._admit(plan, budget)
+        self._admit(plan, budget)
         return plan
 
     def _decode(self, plan: Plan[S], in_flight: bool) -> list[S] | None:
@@ -209,22 +209,26 @@ class Scheduler(Generic[S]):
         sequence.num_preemptions += 1
         self.add(sequence)
 
-    def _admit(self, plan: Plan[S], budget: int) -> None:
+    def _admit(self, plan: Plan[S], budget: int, before: tuple[int, int, int] | None = None) -> int:
+        """Those that wait, all or those `before` a key. Returns what is left of the budget."""
         passed_over, awaited = 0, dict[int, set[int]]()
         while budget > 0 and passed_over < len(self.waiting) and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[passed_over]
+            if self.short_of_blocks or (before is not None and sequence.key > before):
+                break
             if self._waits_for_others(sequence, awaited):
                 passed_over += 1
                 continue
             if not self._reserve(sequence):
                 self.short_of_blocks = True
-                return
+                break
             self._take_out(sequence)
             self.join(sequence)
             if not passed_over:  # else it would be their turn that is over
                 self.turns.reached(sequence.key[1])
             plan.started.append(sequence)
             budget -= self._compute(sequence, budget, plan)
+        return budget
 
     def _waits_for_others(self, sequence: S, awaited: dict[int, set[int]]) -> bool:
         """Whether enough of what it lacks is being computed by running ones ahead of it. `awaited`: hashes of

@@ -166,7 +166,8 @@ class Simulation:
             self._outcomes.append(outcome)
             setup = self._setup
             max_new_tokens = min(self._max_output_tokens, setup.max_len - request.num_prompt_tokens)
-            flight = SimulatedFlight(request, outcome, max_new_tokens, setup.ttft_s, setup.tpot_s)
+            limits = _stricter(setup.ttft_s, request.hints.slo_ttft_ms), _stricter(setup.tpot_s, request.hints.slo_tpot_ms)
+            flight = SimulatedFlight(request, outcome, max_new_tokens, *limits)
             router = self._routers[self._random.randrange(len(self._routers))]
             if request.num_tokens <= setup.max_len:
                 router.arrive(flight)
@@ -242,3 +243,9 @@ class Simulation:
         return Result(
             self._outcomes, self._samples, decision_s, busy_s, num_steps, self._finished_at, wall_s, self._setup
         )
+
+
+def _stricter(limit_s: float | None, own_ms: float | None) -> float | None:
+    """In seconds."""
+    own_s = None if own_ms is None else own_ms / 1e3
+    return min((each for each in (limit_s, own_s) if each is not None), default=None)

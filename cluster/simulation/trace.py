@@ -35,12 +35,18 @@ class TraceError(ValueError):
     """The file holds no trace. The message names the line and the field."""
 
 
+_Limit = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class Hints(msgspec.Struct, frozen=True):
-    """What a client says of a request beside its prompt, as X-Session-ID, X-Tenant-ID and `priority` do."""
+    """What a client says of a request beside its prompt, as in headers X-Session-ID, X-Tenant-ID, X-SLO-TTFT-MS and
+    X-SLO-TPOT-MS and in `priority`. Limits are for routers, to refuse it by; a report's are others."""
 
     session_id: str = ""
     tenant: str = ""
     priority: Annotated[int, msgspec.Meta(ge=PRIORITIES[0], le=PRIORITIES[-1])] = 0
+    slo_ttft_ms: _Limit | None = None
+    slo_tpot_ms: _Limit | None = None
 
 
 NO_HINTS = Hints()
@@ -158,7 +164,7 @@ def _mooncake_rows(lines: Iterator[str]) -> Iterator[_Row]:
             data = msgspec.json.decode(line, type=_MooncakeLine)
         except msgspec.MsgspecError as error:
             raise TraceError(f"line {number}: {error}") from None
-        hints = Hints(data.session_id, data.tenant, data.priority)
+        hints = Hints(data.session_id, data.tenant, data.priority, data.slo_ttft_ms, data.slo_tpot_ms)
         row = _Row(data.timestamp / 1000, data.input_length, data.output_length, data.hash_ids, hints)
         if len(row.ids) != -(-row.num_prompt_tokens // TRACE_BLOCK):
             raise TraceError(

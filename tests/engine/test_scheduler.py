@@ -137,6 +137,27 @@ def test_logprobs_of_the_prompt_need_all_of_it_computed() -> None:
     assert bench.step() == {"b": 16}
 
 
+def test_an_urgent_prompt_goes_before_the_rest_of_one_that_runs() -> None:
+    bench = Bench(max_batch_tokens=8, max_num_seqs=3)
+    bench.add("long", 40)
+    assert bench.step() == {"long": 8}
+    bench.add("urgent", 14, priority=-1, first=1)
+    assert [bench.step() for _ in range(3)] == [{"urgent": 8}, {"urgent": 6, "long": 2}, {"urgent": 1, "long": 6}]
+    bench.add("other tenant", 8, tenant="b", first=2)  # its turn comes after what has begun
+    assert list(bench.step().items()) == [("urgent", 1), ("long", 4), ("other tenant", 3)]
+
+
+def test_an_urgent_prompt_without_room_holds_up_nothing_that_runs_and_lets_nobody_pass() -> None:
+    bench = Bench(num_blocks=10, max_batch_tokens=8, max_num_seqs=8)
+    bench.add("long", 32)
+    bench.step()
+    bench.add("urgent", 12, priority=-2, first=1)  # 3 blocks, and 2 are free
+    bench.add("small", 4, priority=-1, first=2)
+    assert bench.step() == {"long": 8}
+    assert bench.scheduler.short_of_blocks
+    assert bench.waiting() == ["urgent", "small"]
+
+
 def test_shortage_preempts_the_youngest_of_the_lowest_priority_and_it_returns_to_its_place() -> None:
     bench = Bench(num_blocks=3, max_batch_tokens=100, max_num_seqs=4)
     bench.add("old", 3)
