@@ -37,8 +37,12 @@ class DecodeCost(msgspec.Struct, frozen=True, gc=False):
     waits: Floats
 
 
-def prefill_cost(num_tokens: int, uncached: Floats, pool: Pool, load: PrefillLoad) -> PrefillCost:
-    """A second of work has one price for the whole pool, and it rises as the pool fills up. It takes the place of
+def prefill_cost(
+    num_tokens: int, uncached: Floats, pool: Pool, load: PrefillLoad, wait_s: Floats | None = None
+) -> PrefillCost:
+    """`wait_s`: until the prompt would begin; the whole queue if not given.
+
+    A second of work has one price for the whole pool, and it rises as the pool fills up. It takes the place of
     other work in the part of the time that workers are busy. Where even the shortest queue is not empty, each request
     that comes before it would be waits longer by the work; what comes meanwhile stretches that time (a busy period).
     """
@@ -46,7 +50,7 @@ def prefill_cost(num_tokens: int, uncached: Floats, pool: Pool, load: PrefillLoa
     num_steps = np.ceil(uncached / pool.batch_tokens)
     work: Floats = num_steps * pool.base_s + uncached * (pool.prefill_token_s + pool.pair_s * pairs_each)
     # The step under way when it comes is half over.
-    first: Floats = pool.wait_s + work + (num_steps + 0.5) * pool.beside_s
+    first: Floats = (pool.wait_s if wait_s is None else wait_s) + work + (num_steps + 0.5) * pool.beside_s
     busy_period = float(pool.wait_s[pool.wait_s.argmin()]) / max(_MIN_SLACK, 1.0 - load.busy)
     price = min(1.0, load.busy) + load.requests_per_s * busy_period
     return PrefillCost(work, first, work * price)

@@ -21,6 +21,7 @@ from router.coming_prefixes import ComingPrefixes, ComingPrompt
 from router.fairness import cost_of
 from router.policies import LATE, Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
+from router.queue_shares import QueueShares
 from router.worker_table import Floats, WorkerTable
 
 _MAX_DIRTY = 16  # workers whose reports wait for a decision, which saves work where reports come more often
@@ -98,6 +99,7 @@ class Placement(Generic[C]):
         self._fresh: list[C] = []  # added since the last pump: as many are refused at most
         self._coming = ComingPrefixes()
         self._computed: dict[C, ComingPrompt] = {}  # of those, by the candidate that was placed
+        self._shares = QueueShares()
         self._affinity = Affinity()
         self._turns: dict[C, Turn] = {}  # of sessions, by the candidate that was placed
 
@@ -135,8 +137,10 @@ class Placement(Generic[C]):
         state = self._states.pop(worker_id, None)
         if state is not None:
             self._table.remove(state)
-            self._index.close(self._slots.pop(worker_id))
+            slot = self._slots.pop(worker_id)
+            self._index.close(slot)
             self._coming.forget(worker_id)
+            self._shares.forget(slot)
 
     def apply(self, worker_id: str, event: KvEvent) -> None:
         """One KV event of an attached worker."""
@@ -236,6 +240,7 @@ class Placement(Generic[C]):
         if too_long is not None:
             return too_long
         hits = self._hits(candidate, facts)
+        table.part_ahead = self._shares.part_ahead(facts.priority, self._index.num_slots, table.now)
         decision = self._policy.choose(facts, hits, table)
         if decision is None:
             return None
@@ -269,7 +274,9 @@ class Placement(Generic[C]):
     def _note(self, candidate: C, facts: RequestFacts, decision: RoutingDecision) -> None:
         demand = self._table.demand
         where = demand.on_decode if decision.prefill is None else demand.on_prefill
-        where.placed(decision.prefill_s, self._table.now)
+        now, slot = self._table.now, self._slots[decision.prefill or decision.decode]
+        where.placed(decision.prefill_s, now)
+        self._shares.placed(facts.priority, slot, decision.prefill_s, now + decision.ttft_s)
         if not self._policy.uses_hits:
             return
         self._expect(candidate, decision)

@@ -194,7 +194,8 @@ class PrefixAware:
         local: Bools | None = None if most is None else np.logical_not(paired) | (uncached <= most)
         if local is not None and not np.count_nonzero(local):
             return _Routes(seconds, first, handoffs, None, None)
-        cost = prefill_cost(num_tokens, uncached, pool, _load(table.demand.on_decode, pool, routers, table.now))
+        load = _load(table.demand.on_decode, pool, routers, table.now)
+        cost = prefill_cost(num_tokens, uncached, pool, load, table.wait_s(pool))
         # Every sequence that decodes here by then stands still meanwhile, and keeps its memory.
         stalled = self._price(pool.step_s) * pool.num_seqs + pool.stall_price
         seconds_here = cost.first + cost.others + cost.work * stalled
@@ -209,8 +210,8 @@ class PrefixAware:
 
 class _Handoff(NamedTuple):
     """From the best prefill worker of a fingerprint: its `position`, the `work` that it has, and `numbers`: seconds
-    until the first token and of delay to other prompts, when the first token is there, until its queue is empty, and
-    to set up a transfer. Infinite where there is none in time; `paired`: there is one, perhaps not in time."""
+    until the first token and of delay to other prompts, when the first token is there, until the prompt would begin,
+    and to set up a transfer. Infinite where there is none in time; `paired`: there is one, perhaps not in time."""
 
     paired: bool
     position: int = -1
@@ -223,8 +224,8 @@ def _handoffs(facts: RequestFacts, hits: Floats, left: float, routers: float, ta
     pool = table.prefill
     if not len(pool):
         return [_Handoff(paired=False)] * table.num_fingerprints
-    load = _load(table.demand.on_prefill, pool, routers, table.now)
-    cost = prefill_cost(facts.num_tokens, np.maximum(1.0, facts.num_tokens - hits[pool.rows]), pool, load)
+    load, wait_s = _load(table.demand.on_prefill, pool, routers, table.now), table.wait_s(pool)
+    cost = prefill_cost(facts.num_tokens, np.maximum(1.0, facts.num_tokens - hits[pool.rows]), pool, load, wait_s)
     seconds = cost.first + cost.others
     there = pool.holding(facts.num_tokens)
     if facts.excluded:
@@ -235,22 +236,22 @@ def _handoffs(facts: RequestFacts, hits: Floats, left: float, routers: float, ta
     if left < np.inf:
         seconds = np.where(cost.first <= left, seconds, np.inf)
     if table.num_fingerprints == 1:
-        return [_best_handoff(seconds, cost, there is None or bool(there.any()), table)]
+        return [_best_handoff(seconds, cost, wait_s, there is None or bool(there.any()), table)]
     handoffs = []
     for fingerprint in range(table.num_fingerprints):
         mine = pool.fingerprint == fingerprint
         paired = bool((mine if there is None else mine & there).any())
-        handoffs.append(_best_handoff(np.where(mine, seconds, np.inf), cost, paired, table))
+        handoffs.append(_best_handoff(np.where(mine, seconds, np.inf), cost, wait_s, paired, table))
     return handoffs
 
 
-def _best_handoff(seconds: Floats, cost: PrefillCost, paired: bool, table: WorkerTable) -> _Handoff:
+def _best_handoff(seconds: Floats, cost: PrefillCost, wait_s: Floats, paired: bool, table: WorkerTable) -> _Handoff:
     pool, best = table.prefill, cheapest(seconds, table.turn)
     least = float(seconds[best])
     if least == np.inf:
         return _Handoff(paired)
     setup = HANDOFF_TOKENS * float(pool.prefill_token_s[best])
-    numbers = (least, float(cost.first[best]), float(pool.wait_s[best]), setup)
+    numbers = (least, float(cost.first[best]), float(wait_s[best]), setup)
     return _Handoff(paired, best, float(cost.work[best]), numbers)
 
 

@@ -176,16 +176,25 @@ class Pool(_Columns):
 
 
 class WorkerTable:
-    """`turn` counts decisions, to spread ties; `now` is the time of this one. `demand` is of this router alone."""
+    """`turn` counts decisions, to spread ties; `now` and `part_ahead` are this one's. `demand` is of this router."""
 
     def __init__(self) -> None:
         self.turn = 0
         self.now = 0.0
         self.num_own = 0  # requests of this router that its workers have
+        self.part_ahead: Floats | None = None  # of each queue, by slot: what goes before this request; None: all
         self.demand = Demand()
         self.dirty: set[WorkerState] = set()
         self._slots: dict[WorkerState, int] = {}
         self._rebuild()
+
+    def wait_s(self, pool: Pool) -> Floats:
+        """Until a prompt like this one would begin. A step that is under way ends first: half of one."""
+        if self.part_ahead is None:
+            return pool.wait_s
+        step_s = pool.base_s + pool.prefill_token_s * pool.batch_tokens
+        waits: Floats = np.maximum(self.part_ahead[pool.rows] * pool.wait_s, np.minimum(0.5 * step_s, pool.wait_s))
+        return waits
 
     def add(self, state: WorkerState, slot: int) -> None:
         """Also when a worker's slot in the prefix index is another one now."""

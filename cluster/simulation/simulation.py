@@ -166,7 +166,10 @@ class Simulation:
             self._outcomes.append(outcome)
             setup = self._setup
             max_new_tokens = min(self._max_output_tokens, setup.max_len - request.num_prompt_tokens)
-            limits = _stricter(setup.ttft_s, request.hints.slo_ttft_ms), _stricter(setup.tpot_s, request.hints.slo_tpot_ms)
+            limits = (
+                _stricter(setup.ttft_s, request.hints.slo_ttft_ms),
+                _stricter(setup.tpot_s, request.hints.slo_tpot_ms),
+            )
             flight = SimulatedFlight(request, outcome, max_new_tokens, *limits)
             router = self._routers[self._random.randrange(len(self._routers))]
             if request.num_tokens <= setup.max_len:
