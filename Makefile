@@ -9,7 +9,7 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
-BENCH ?= $(filter-out routing burst_trace,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+BENCH ?= $(filter-out routing burst_trace tenant_trace,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .PHONY: demo test bench protos clean
 

@@ -1,8 +1,8 @@
-"""A Mooncake trace whose requests have tenants or priorities, on stdout: drawn at random.
+"""A Mooncake trace whose requests have tenants, or of which some are urgent, on stdout: drawn at random.
 
-python -m benchmarks.tenant_trace conversation_trace.jsonl --tenants large=8 b=1 c=1 > tenants.jsonl
-python -m benchmarks.tenant_trace conversation_trace.jsonl --urgent 0.1 > urgent.jsonl
-baton simulate spec.yaml --trace tenants.jsonl --rate-scale 6
+    python -m benchmarks.tenant_trace conversation_trace.jsonl --tenants large=8 b=1 c=1 > tenants.jsonl
+    python -m benchmarks.tenant_trace conversation_trace.jsonl --urgent 0.1 --urgent-ttft-ms 2000 > urgent.jsonl
+    baton simulate spec.yaml --trace tenants.jsonl --rate-scale 10
 """
 
 import argparse
@@ -10,12 +10,17 @@ import json
 import random
 from pathlib import Path
 
+from benchmarks._arguments import positive
+
 
 def share(text: str) -> tuple[str, float]:
     name, _, weight = text.rpartition("=")
-    if not float(weight) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: a name, =, and a number above 0")
-    return name, float(weight)
+    try:
+        if float(weight) > 0:
+            return name, float(weight)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: a name, =, and a number above 0")
 
 
 def main() -> None:
@@ -23,6 +28,7 @@ def main() -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--tenants", type=share, nargs="+", default=[], metavar="NAME=WEIGHT")
     parser.add_argument("--urgent", type=float, default=0.0, help="part of the requests that has priority -1")
+    parser.add_argument("--urgent-ttft-ms", type=positive, help="their limit, by which routers refuse them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -33,6 +39,8 @@ def main() -> None:
             (fields["tenant"],) = rng.choices(names, weights)
         if rng.random() < args.urgent:
             fields["priority"] = -1
+            if args.urgent_ttft_ms:
+                fields["slo_ttft_ms"] = args.urgent_ttft_ms
         print(json.dumps(fields))
 
 
