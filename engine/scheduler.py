@@ -90,8 +90,8 @@ class Plan(Generic[S]):
 
 
 class EngineLoad(msgspec.Struct, frozen=True, gc=False):
-    num_running: int
-    num_waiting: int
+    num_running: int  # in its steps
+    num_waiting: int  # for blocks or, with their KV, for a place in the steps
     num_free_blocks: int  # free or evictable
     num_waiting_tokens: int  # not yet computed, of prompts and of preempted sequences
     queued: StepWork  # what computing those takes, without what is likely to be cached by then
@@ -145,9 +145,10 @@ class Scheduler(Generic[S]):
         lacking = [(each.num_tokens - each.num_computed_tokens, each.num_computed_tokens) for each in prefilling]
         num_tokens = sum(num_tokens for num_tokens, _ in lacking)
         num_queued = self.num_uncached_tokens + num_tokens
+        num_running = min(len(self.running), self._config.max_num_seqs)
         return EngineLoad(
-            num_running=len(self.running),
-            num_waiting=len(self.waiting),
+            num_running=num_running,
+            num_waiting=len(self.waiting) + len(self.running) - num_running,
             num_free_blocks=self._kv.num_free,
             num_waiting_tokens=self.num_waiting_tokens + num_tokens,
             queued=StepWork(num_queued, self.num_uncached_pairs + sum(itertools.starmap(num_pairs, lacking))),

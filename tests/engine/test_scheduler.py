@@ -216,6 +216,8 @@ def test_sequences_that_join_with_their_kv_take_turns_by_age_beyond_max_num_seqs
         joined.append(sequence)
     bench.add("d", 3, first=4)
     assert bench.step() == {"a": 1, "b": 1}
+    load = bench.scheduler.load()
+    assert (load.num_running, load.num_waiting) == (2, 2)
     bench.finish(joined[0])
     assert bench.step() == {"b": 1, "c": 1}
     bench.finish(joined[1])
