@@ -1,7 +1,8 @@
 """The loop of a worker's engine thread, the same in both roles: receive, schedule, start, collect, publish.
 
 With an executor that allows two steps in flight, the next one is planned and started while the device computes the
-one before it, whose tokens are then collected and published while the next one runs.
+one before it, whose tokens are then collected and published while the next one runs. Not behind a step of LONG_STEP_S:
+what comes meanwhile would wait for both, and planning takes a hundredth of that.
 
 What differs between prefill and decode comes in as a `Role`. The loop owns the order of things, deadlines, load and
 progress; the engine, the clients and the role are touched by its thread only. Other threads post to the inbox, ask
@@ -26,6 +27,7 @@ from protos import worker_pb2 as pb
 
 IDLE_WAIT_S = 0.2  # how late a deadline of a waiting request may be noticed
 CALIBRATION_S = 0.25  # between two fits of the step model
+LONG_STEP_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class WorkerLoop(Generic[C]):
             for request_id in self.clients.expired():
                 self._abort(request_id, "the request's deadline passed")
             self._role.before_schedule()
-            scheduled = self.engine.schedule()
+            scheduled = None if self._runs_long else self.engine.schedule()
             self._note_events()
             if scheduled is not None:
                 self._start(scheduled)
@@ -130,6 +132,13 @@ class WorkerLoop(Generic[C]):
                 self._collect()
             self._publish()
             wait = 0.0 if scheduled is not None or is_busy else IDLE_WAIT_S
+
+    @property
+    def _runs_long(self) -> bool:
+        """Whether the last step started is long, and in flight."""
+        if not self._works or self._model is None:
+            return False
+        return self._model.seconds(self._works[-1]) >= LONG_STEP_S
 
     def _receive(self, command: SessionCommand | Drain | C) -> None:
         match command:

@@ -283,6 +283,55 @@ def test_a_worker_learns_how_long_its_steps_take_and_tells_what_waits_in_seconds
     assert loads[-1].queue_us == loads[-1].num_waiting_tokens == 0
 
 
+@pytest.mark.parametrize(("chunk", "num_behind"), [(192, 1), (32, 2)])  # steps of 0.2 and 0.04 s
+def test_what_comes_during_a_long_step_waits_for_no_other(chunk: int, num_behind: int) -> None:
+    """The short prompt is more urgent than the long one, and comes while a chunk of that is computed."""
+    clock = FakeClock()
+    config = SimulatedConfig(step_base_s=0.01, prefill_tokens_per_s=1000.0, decode_s_per_sequence=0.0, num_blocks=999)
+    began: list[float] = []
+    posted_at = first_at = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal posted_at
+        if loop.current_load().HasField("model") and not posted_at:
+            clock.advance(0.5 * seconds)
+            posted_at = clock()
+            submit(1, tuple(range(300, 308)), priority=-1)
+            clock.advance(0.5 * seconds)
+        else:
+            clock.advance(seconds)
+
+    def submit(handle: int, token_ids: tuple[int, ...], priority: int = 0) -> None:
+        request = Request(
+            RequestId(""), token_ids, len(token_ids), SamplingParams(max_tokens=1), seed=0, priority=priority
+        )
+        inbox.post(Submitted(ROUTERS[0], submit_to_pb(request, handle, 10**6)))
+
+    def heard(frames: Mapping[SessionId, pb.Frame]) -> None:
+        nonlocal first_at
+        if any(output.handle == 1 and output.token_ids for frame in frames.values() for output in frame.outputs):
+            first_at = clock()
+            loop.stop()
+
+    def turn(_timeout: float) -> None:
+        began.append(clock())
+        assert len(began) < 500, "the short prompt was never computed"
+
+    executor = SimulatedExecutor(config, sleep, clock)
+    engine = Engine(executor, SchedulerConfig(max_batch_tokens=chunk, max_num_seqs=8), secret="", model="m")
+    clients = Clients(pb.Description(), heard, clock)
+    inbox = TurnInbox(turn)
+    role = DecodeRole(engine, clients, Intake(engine, lambda _entry: Future(), max_pulls=1), clock)
+    loop = WorkerLoop(engine, clients, inbox, role, clock)
+    inbox.post(Attached(ROUTERS[0]))
+    submit(0, tuple(range(1000, 1000 + 50 * chunk)))
+    loop.run()
+    executor.close()
+    step_s = 0.01 + chunk / 1000
+    # Half of the step under way, as many as are planned, and its own, with what fits beside it of the long one.
+    assert first_at - posted_at == pytest.approx((0.5 + num_behind) * step_s, rel=0.1)
+
+
 def test_frames_tell_when_the_first_of_their_cache_events_happened_and_how_many_blocks_are_cached() -> None:
     clock = FakeClock()
     executor = SimulatedExecutor(SimulatedConfig(step_base_s=1.0, num_blocks=12, block_size=4), clock.advance)
