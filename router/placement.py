@@ -137,16 +137,12 @@ class Placement(Generic[C]):
         state = self._states.pop(worker_id, None)
         if state is not None:
             self._table.remove(state)
-            slot = self._slots.pop(worker_id)
-            self._index.close(slot)
-            self._coming.forget(worker_id)
-            self._shares.forget(slot)
+            self._close_slot(worker_id)
 
     def apply(self, worker_id: str, event: KvEvent) -> None:
         """One KV event of an attached worker."""
         if event.cleared:
-            self._index.close(self._slots[worker_id])
-            self._coming.forget(worker_id)
+            self._close_slot(worker_id)
             self._open_slot(self._states[worker_id])
         # A slice, as one of a message's fields is a list, which is read in half the time.
         self._index.apply(self._slots[worker_id], event.stored[:], event.removed[:])
@@ -332,6 +328,12 @@ class Placement(Generic[C]):
                 block_size = self._states[worker_id].description.block_size
                 num_blocks = min(num_tokens, facts.num_tokens) // block_size
                 hits[slot] = max(hits[slot], num_blocks * block_size)
+
+    def _close_slot(self, worker_id: str) -> None:
+        slot = self._slots.pop(worker_id)
+        self._index.close(slot)
+        self._shares.forget(slot)
+        self._coming.forget(worker_id)
 
     def _open_slot(self, state: WorkerState) -> None:
         slot = self._slots[state.worker_id] = self._index.open()

@@ -49,7 +49,7 @@ class QueueShares:
         return part
 
     def forget(self, slot: int) -> None:
-        """The worker there is gone."""
+        """The worker there is gone, or has another slot."""
         gone = [sent for sent in self._sent if sent[2] == slot]
         self._sent = [sent for sent in self._sent if sent[2] != slot]
         heapify(self._sent)

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from engine.kv.events import KvEvent
 from router.placement import Placed, Refused
 from router.policies import PrefixAware
 from router.queue_shares import QueueShares
@@ -77,6 +78,19 @@ def test_what_should_have_been_computed_by_now_is_in_no_queue() -> None:
     (placed,) = it.placement.pump()
     assert isinstance(placed, Placed)
     assert placed.decision.ttft_s == pytest.approx(0.75 * 8.0 + 0.104, abs=0.01)
+
+
+def test_a_slot_that_is_given_up_leaves_no_queue_to_who_gets_it() -> None:
+    for given_up in (lambda it: it.placement.detach("p0"), lambda it: it.placement.apply("p0", KvEvent(cleared=True))):
+        it = flooded()
+        given_up(it)
+        it.attach("p1")
+        it.report("p0", draining=True)
+        it.report("p1", queue_s=2.0)
+        it.add(num_tokens=1000)
+        (placed,) = it.placement.pump()
+        assert isinstance(placed, Placed)
+        assert placed.decision.ttft_s == pytest.approx(2.104, abs=0.01)
 
 
 def test_a_worker_that_comes_back_has_no_queue() -> None:
