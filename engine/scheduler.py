@@ -91,7 +91,7 @@ class Plan(Generic[S]):
 
 class EngineLoad(msgspec.Struct, frozen=True, gc=False):
     num_running: int  # in its steps
-    num_waiting: int  # for blocks or, with their KV, for a place in the steps
+    num_waiting: int  # those that have their KV and wait for a place in the steps among them
     num_free_blocks: int  # free or evictable
     num_waiting_tokens: int  # not yet computed, of prompts and of preempted sequences
     queued: StepWork  # what computing those takes, without what is likely to be cached by then
@@ -312,7 +312,7 @@ class Scheduler(Generic[S]):
             if covered <= last < len(hashes) and theirs[last] == hashes[last]:
                 self._count(sequence, -1)
                 self._begin_to_wait(sequence, place)
-                end = min(len(hashes), len(sequence.token_ids) // size)
+                end = min(len(hashes), len(theirs), len(sequence.token_ids) // size)
                 covered = bisect_left(range(end), True, lo=last, key=lambda at: theirs[at] != hashes[at])
                 if covered == len(hashes):
                     return

@@ -92,6 +92,19 @@ def test_nobody_waits_for_one_that_comes_after_him() -> None:
     assert bench.step() == {"first": 1000, "later": 1}
 
 
+def test_a_cancelled_prompt_may_share_its_beginning_with_one_whose_last_block_is_not_computed() -> None:
+    """The answer of `middle` has filled a block, which gets its hash when it is computed; then it was preempted."""
+    bench = Bench(num_blocks=7, max_batch_tokens=64, max_num_seqs=4)
+    bench.add("first", 12, priority=-1, first=1)
+    bench.add("middle", 15)
+    bench.step()
+    last = bench.add("last", 21, priority=5)
+    bench.step()
+    assert bench.waiting() == ["middle", "last"]
+    bench.scheduler.remove(last)
+    assert bench.waiting() == ["middle"]
+
+
 def test_what_is_told_of_the_queue_counts_what_others_compute_until_they_leave() -> None:
     bench = Bench(num_blocks=8000, max_batch_tokens=1000, max_num_seqs=100)
     leader = bench.add("leader", 3000)
