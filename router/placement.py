@@ -21,7 +21,7 @@ from router.coming_prefixes import ComingPrefixes, ComingPrompt
 from router.fairness import cost_of
 from router.policies import LATE, Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import PrefixIndex, bits
-from router.queue_shares import QueueShares
+from router.queue_shares import QueuedPrompt, QueueShares
 from router.worker_table import Floats, WorkerTable
 
 _MAX_DIRTY = 16  # workers whose reports wait for a decision, which saves work where reports come more often
@@ -100,6 +100,7 @@ class Placement(Generic[C]):
         self._coming = ComingPrefixes()
         self._computed: dict[C, ComingPrompt] = {}  # of those, by the candidate that was placed
         self._shares = QueueShares()
+        self._queued: dict[C, QueuedPrompt] = {}  # of those, by the candidate that was placed
         self._affinity = Affinity()
         self._turns: dict[C, Turn] = {}  # of sessions, by the candidate that was placed
 
@@ -137,13 +138,14 @@ class Placement(Generic[C]):
         state = self._states.pop(worker_id, None)
         if state is not None:
             self._table.remove(state)
-            self._close_slot(worker_id)
+            self._shares.forget(self._close_slot(worker_id))
 
     def apply(self, worker_id: str, event: KvEvent) -> None:
         """One KV event of an attached worker."""
         if event.cleared:
-            self._close_slot(worker_id)
+            slot = self._close_slot(worker_id)
             self._open_slot(self._states[worker_id])
+            self._shares.move(slot, self._slots[worker_id])
         # A slice, as one of a message's fields is a list, which is read in half the time.
         self._index.apply(self._slots[worker_id], event.stored[:], event.removed[:])
 
@@ -169,6 +171,7 @@ class Placement(Generic[C]):
 
     def put_back(self, candidate: C) -> None:
         """A placed candidate waits again, where it stood."""
+        self._leave_queue(candidate)
         self._expect_no_more(candidate)
         self._queue.put_back(candidate)
 
@@ -176,6 +179,7 @@ class Placement(Generic[C]):
         """It is over, wherever it was. Idempotent. `num_output_tokens`: of its answer, if it has one."""
         if not self._queue.release(candidate):
             return
+        self._leave_queue(candidate)
         if num_output_tokens is None:
             self._expect_no_more(candidate)
         else:
@@ -270,12 +274,10 @@ class Placement(Generic[C]):
     def _note(self, candidate: C, facts: RequestFacts, decision: RoutingDecision) -> None:
         demand = self._table.demand
         where = demand.on_decode if decision.prefill is None else demand.on_prefill
-        now, slot = self._table.now, self._slots[decision.prefill or decision.decode]
-        where.placed(decision.prefill_s, now)
-        self._shares.placed(facts.priority, slot, decision.prefill_s, now + decision.ttft_s)
+        where.placed(decision.prefill_s, self._table.now)
         if not self._policy.uses_hits:
             return
-        self._expect(candidate, decision)
+        self._expect(candidate, facts.priority, decision)
         if facts.session:
             block_size = self._states[decision.decode].description.block_size
             hashes = candidate.hashes(block_size)
@@ -284,14 +286,22 @@ class Placement(Generic[C]):
                 self._turns[candidate] = turn
                 self._affinity.placed((facts.tenant, facts.session), turn)
 
-    def _expect(self, candidate: C, decision: RoutingDecision) -> None:
-        """Who prefills it soon holds it."""
+    def _expect(self, candidate: C, priority: int, decision: RoutingDecision) -> None:
+        """Who prefills it has it in his queue, and soon holds it."""
         worker_id = decision.prefill or decision.decode
         block_size = self._states[worker_id].description.block_size
         lacking = sampled(candidate.hashes(block_size), block_size, decision.hit_tokens)
-        prompt = self._coming.expect(worker_id, lacking, decision.ttft_s, self._table.now)
+        now, slot = self._table.now, self._slots[worker_id]
+        self._queued[candidate] = self._shares.placed(priority, slot, decision.prefill_s, now + decision.ttft_s)
+        prompt = self._coming.expect(worker_id, lacking, decision.ttft_s, now)
         if prompt is not None:
             self._computed[candidate] = prompt
+
+    def _leave_queue(self, candidate: C) -> None:
+        """That of the worker that was to prefill it."""
+        queued = self._queued.pop(candidate, None)
+        if queued is not None:
+            self._shares.drop(queued)
 
     def _expect_no_more(self, candidate: C) -> None:
         """What it was to have computed has not been, as far as is known."""
@@ -329,11 +339,11 @@ class Placement(Generic[C]):
                 num_blocks = min(num_tokens, facts.num_tokens) // block_size
                 hits[slot] = max(hits[slot], num_blocks * block_size)
 
-    def _close_slot(self, worker_id: str) -> None:
+    def _close_slot(self, worker_id: str) -> int:
         slot = self._slots.pop(worker_id)
         self._index.close(slot)
-        self._shares.forget(slot)
         self._coming.forget(worker_id)
+        return slot
 
     def _open_slot(self, state: WorkerState) -> None:
         slot = self._slots[state.worker_id] = self._index.open()
