@@ -227,7 +227,7 @@ class Engine:
         assert request.id not in self._sequences, request.id
         sequence = self._sequences[request.id] = Running(
             request,
-            self._scheduler.turns.take(request.tenant, 0 if resumed else len(request.token_ids)),
+            self._scheduler.turns.take(request.priority, request.tenant, 0 if resumed else len(request.token_ids)),
             next(self._arrivals),
             hash_seed=self._hash_seed(request),
             hashes=self.hashes(request),

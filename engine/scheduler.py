@@ -226,7 +226,7 @@ class Scheduler(Generic[S]):
             self._take_out(sequence)
             self.join(sequence)
             if not passed_over:  # else it would be their turn that is over
-                self.turns.reached(sequence.key[1])
+                self.turns.reached(*sequence.key[:2])
             plan.started.append(sequence)
             budget -= self._compute(sequence, budget, plan)
         return budget

@@ -121,7 +121,7 @@ class SimulatedEngine:
 
     def _enter(self, request: SimulatedRequest, *, decodes: bool, resumed: bool = False) -> SimulatedSequence:
         num_tokens = len(request.token_ids)
-        turn = self._scheduler.turns.take(request.tenant, 0 if resumed else num_tokens)
+        turn = self._scheduler.turns.take(request.priority, request.tenant, 0 if resumed else num_tokens)
         last = request.num_total_tokens if decodes else num_tokens + 1
         assert last <= self.max_len, (last, self.max_len)
         return SimulatedSequence(request, turn, next(self._arrivals), num_tokens, last)

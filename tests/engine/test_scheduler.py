@@ -28,7 +28,7 @@ class Bench:
         token_ids = tuple(range(first * 10_000, first * 10_000 + num_tokens))
         request = Request(RequestId(name), token_ids, num_tokens, SamplingParams(max_tokens=500, **params), 0, priority)
         hashes = block_hashes(token_ids, SIZE, 0)
-        turn = self.scheduler.turns.take(tenant, num_tokens)
+        turn = self.scheduler.turns.take(priority, tenant, num_tokens)
         sequence = Sequence(request, turn, self.num_added, hash_seed=0, hashes=hashes, eos_token_ids=(), max_len=10_000)
         self.num_added += 1
         self.scheduler.add(sequence)
@@ -145,6 +145,50 @@ def test_an_urgent_prompt_goes_before_the_rest_of_one_that_runs() -> None:
     assert [bench.step() for _ in range(3)] == [{"urgent": 8}, {"urgent": 6, "long": 2}, {"urgent": 1, "long": 6}]
     bench.add("other tenant", 8, tenant="b", first=2)  # its turn comes after what has begun
     assert list(bench.step().items()) == [("urgent", 1), ("long", 4), ("other tenant", 3)]
+
+
+def test_a_prompt_goes_before_the_rest_of_each_less_urgent_one_and_of_no_other() -> None:
+    bench = Bench(max_batch_tokens=8, max_num_seqs=4)
+    bench.add("low", 40, priority=5)
+    assert bench.step() == {"low": 8}
+    bench.add("high", 12, first=1)
+    assert bench.step() == {"high": 8}
+    bench.add("middle", 4, priority=3, first=2)
+    assert list(bench.step().items()) == [("high", 4), ("middle", 4)]
+
+
+def test_urgent_prompts_take_turns_also_where_they_go_before_one_that_runs() -> None:
+    bench = Bench(max_batch_tokens=8, max_num_seqs=4)
+    bench.add("low", 40)
+    bench.step()
+    for number in range(2):
+        bench.add(f"a{number}", 8, tenant="a", priority=-1, first=number + 1)
+        bench.step()
+    assert bench.running()[:2] == ["a0", "a1"]
+    assert bench.scheduler.turns.take(-1, "b", 8) == 8
+
+
+def test_who_comes_in_the_step_of_a_preemption_waits_for_the_next() -> None:
+    bench = Bench(num_blocks=5, max_batch_tokens=16, max_num_seqs=4)
+    bench.add("a", 8)
+    bench.add("b", 8, priority=5, first=1)
+    bench.step()
+    bench.add("small", 3, priority=1, first=2)
+    bench.kv.allocate(1)  # by a pull
+    assert bench.step() == {"a": 1}
+    assert bench.waiting() == ["small", "b"]
+    assert "small" in bench.step()
+
+
+def test_an_urgent_prompt_of_a_tenant_with_many_waiting_costs_other_tenants_no_turn() -> None:
+    bench = Bench(num_blocks=999, max_batch_tokens=8, max_num_seqs=4)
+    for number in range(10):
+        bench.add(f"a{number}", 8, tenant="a", first=number)
+    bench.add("urgent", 8, tenant="a", priority=-1, first=10)
+    assert bench.step() == {"urgent": 8}
+    bench.add("b", 8, tenant="b", first=11)
+    started = [name for _ in range(4) for name in bench.step() if name != "urgent"]
+    assert "b" in started[:3], started
 
 
 def test_an_urgent_prompt_without_room_holds_up_nothing_that_runs_and_lets_nobody_pass() -> None:

@@ -150,7 +150,7 @@ def test_overtaking_ends_nobodys_turn() -> None:
     bench.add("follower", 2004, tenant="x")
     bench.add("other", 800, tenant="x", first=1)
     assert bench.step() == {"leader": 2000, "other": 800}
-    assert bench.scheduler.turns.take("y", 10) == 0
+    assert bench.scheduler.turns.take(0, "y", 10) == 0
 
 
 def test_each_who_counted_on_one_that_left_has_to_compute_what_nobody_ahead_of_him_does() -> None:
