@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -233,9 +234,8 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
 
 
 def report_table(report: "Report") -> Table:
-    table = Table(
-        title=f"{report.trace} x {report.rate_scale:g}, {report.policy}", show_header=False, title_justify="left"
-    )
+    title = f"{_shown(report.trace)} x {report.rate_scale:g}, {report.policy}"
+    table = Table(title=title, show_header=False, title_justify="left")
     slo = report.slo
     table.add_row(
         "goodput", f"{report.goodput:.1%} of {report.requests} requests (TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s)"
@@ -256,9 +256,9 @@ def report_table(report: "Report") -> Table:
             if name in large:
                 ttft = _line(group.ttft_s, 1.0, "{:.3f}", "s")
                 goodput = f"{group.goodput:.1%} of {group.requests}, {group.refused} refused"
-                table.add_row(f"{what} {name or '(none)'}", f"{goodput}\nTTFT {ttft}")
+                table.add_row(f"{what} {_shown(name)}" if name else f"no {what}", f"{goodput}\nTTFT {ttft}")
         if len(groups) > len(large):
-            table.add_row("", f"and {len(groups) - len(large)} more with fewer requests")
+            table.add_row("", f"and {len(groups) - len(large)} more")
     if report.rejects:
         table.add_row("refused", "; ".join(f"{count}: {reason}" for reason, count in report.rejects.items()))
     table.add_row("decision p50 / p90 / p99", _line(report.decision_us, 1.0, "{:.0f}", "us, on this machine"))
@@ -266,6 +266,11 @@ def report_table(report: "Report") -> Table:
         "simulated", f"{report.simulated_s:.0f} s in {report.wall_s:.1f} s: {report.speed_up:.0f} times real time"
     )
     return table
+
+
+def _shown(name: str) -> str:
+    """A name from a trace, as the terminal may have it."""
+    return escape(name if name.isprintable() else ascii(name))
 
 
 def _line(values: "Percentiles | None", unit: float, form: str, name: str) -> str:

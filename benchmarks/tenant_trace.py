@@ -7,6 +7,7 @@ baton simulate spec.yaml --trace tenants.jsonl --rate-scale 10
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
@@ -16,24 +17,30 @@ from benchmarks._arguments import positive
 def share(text: str) -> tuple[str, float]:
     name, _, weight = text.rpartition("=")
     try:
-        if float(weight) > 0:
+        if 0 < float(weight) < math.inf:
             return name, float(weight)
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: a name, =, and a number above 0")
 
 
+def part(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: from 0 to 1")
+    return float(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--tenants", type=share, nargs="+", default=[], metavar="NAME=WEIGHT")
-    parser.add_argument("--urgent", type=float, default=0.0, help="part of the requests that has priority -1")
+    parser.add_argument("--urgent", type=part, default=0.0, help="part of the requests that has priority -1")
     parser.add_argument("--urgent-ttft-ms", type=positive, help="their limit, by which routers refuse them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     names, weights = zip(*args.tenants, strict=True) if args.tenants else ((), ())
-    for line in args.trace.read_text(encoding="utf-8").splitlines():
+    for line in filter(str.strip, args.trace.open(encoding="utf-8")):
         fields = json.loads(line)
         if names:
             (fields["tenant"],) = rng.choices(names, weights)

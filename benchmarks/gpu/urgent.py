@@ -14,6 +14,7 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
+from benchmarks._arguments import positive
 from benchmarks.gpu.client import Answer, Client, random_completion
 from benchmarks.gpu.harness import CONFIGS, median, parser, show
 from benchmarks.gpu.mixed_load import MODES, server
@@ -36,8 +37,8 @@ async def main() -> None:
     options = parser(__doc__)
     options.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     options.add_argument("--long", type=int, help="tokens of a long prompt")
-    options.add_argument("--num-long", type=int, default=3)
-    options.add_argument("--num-short", type=int, default=20)
+    options.add_argument("--num-long", type=positive, default=3)
+    options.add_argument("--num-short", type=positive, default=20)
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     args.url, args.long = None, args.long or LONG[args.config]

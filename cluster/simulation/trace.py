@@ -1,9 +1,8 @@
 """Traces of requests: when they came, how long they were, and what they have in common.
 
 Mooncake's format (a JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of blocks of 512
-tokens, each id standing for the whole prefix up to there; here also, where a line says it, `session_id`, `tenant` and
-`priority`) and that of Azure's 2023 traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens; no two prompts have
-anything in common).
+tokens, each id standing for the whole prefix up to there; here also, where a line says them, the fields of Hints) and
+that of Azure's 2023 traces (CSV: TIMESTAMP, ContextTokens, GeneratedTokens; no two prompts have anything in common).
 
 No token ids are made up: a block of the simulation is named by the trace's block that it lies in and its place there.
 What an answer says is known where a later prompt goes on from it, as the next turn of a conversation does: the first
@@ -17,7 +16,7 @@ from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -35,18 +34,15 @@ class TraceError(ValueError):
     """The file holds no trace. The message names the line and the field."""
 
 
-_Limit = Annotated[float, msgspec.Meta(gt=0)]
-
-
-class Hints(msgspec.Struct, frozen=True):
+class Hints(NamedTuple):
     """What a client says of a request beside its prompt, as in headers X-Session-ID, X-Tenant-ID, X-SLO-TTFT-MS and
     X-SLO-TPOT-MS and in `priority`. Limits are for routers, to refuse it by; a report's are others."""
 
     session_id: str = ""
     tenant: str = ""
-    priority: Annotated[int, msgspec.Meta(ge=PRIORITIES[0], le=PRIORITIES[-1])] = 0
-    slo_ttft_ms: _Limit | None = None
-    slo_tpot_ms: _Limit | None = None
+    priority: int = 0
+    slo_ttft_ms: float | None = None
+    slo_tpot_ms: float | None = None
 
 
 NO_HINTS = Hints()
@@ -149,11 +145,25 @@ class _Row:
         return self.num_prompt_tokens + self.num_output_tokens
 
 
-class _MooncakeLine(Hints, frozen=True, kw_only=True):
+_Priority = Annotated[int, msgspec.Meta(ge=PRIORITIES[0], le=PRIORITIES[-1])]
+_Limit = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _MooncakeLine(msgspec.Struct):
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     output_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]]
+    session_id: str | int | None = None
+    tenant: str | int | None = None
+    priority: _Priority | None = None
+    slo_ttft_ms: _Limit | None = None
+    slo_tpot_ms: _Limit | None = None
+
+    @property
+    def hints(self) -> Hints:
+        session_id, tenant = ("" if each is None else str(each) for each in (self.session_id, self.tenant))
+        return Hints(session_id, tenant, self.priority or 0, self.slo_ttft_ms, self.slo_tpot_ms)
 
 
 def _mooncake_rows(lines: Iterator[str]) -> Iterator[_Row]:
@@ -164,8 +174,7 @@ def _mooncake_rows(lines: Iterator[str]) -> Iterator[_Row]:
             data = msgspec.json.decode(line, type=_MooncakeLine)
         except msgspec.MsgspecError as error:
             raise TraceError(f"line {number}: {error}") from None
-        hints = Hints(data.session_id, data.tenant, data.priority, data.slo_ttft_ms, data.slo_tpot_ms)
-        row = _Row(data.timestamp / 1000, data.input_length, data.output_length, data.hash_ids, hints)
+        row = _Row(data.timestamp / 1000, data.input_length, data.output_length, data.hash_ids, data.hints)
         if len(row.ids) != -(-row.num_prompt_tokens // TRACE_BLOCK):
             raise TraceError(
                 f"line {number}: hash_ids: {len(row.ids)} for {row.num_prompt_tokens} tokens in blocks of 512"

@@ -51,6 +51,23 @@ def test_simulate_reports_and_draws(
     assert "100.0% of 3 requests" in capsys.readouterr().out
 
 
+def test_the_table_shows_tenants_by_the_names_that_they_have(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "[bold].jsonl"
+    tenants = (*("", "a[/x]", "\x1b[2J", "often") * 2, *map(str, range(14)))
+    lines = [
+        {"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [number], "tenant": tenant}
+        for number, tenant in enumerate(tenants)
+    ]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    assert baton(monkeypatch, "simulate", spec_file, "--trace", trace) == 0
+    shown = capsys.readouterr().out
+    for text in ("[bold] x 1", "no tenant", "tenant a[/x]", "tenant '\\x1b[2J'", "tenant often", "and 6 more"):
+        assert text in shown
+    assert "tenant 9" not in shown
+
+
 def test_memory_holds_as_many_tokens_whatever_the_engine(
     tmp_path: Path, trace_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,13 @@
 """The simulated router alone: a test says what workers tell it, and sees what it asks of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from cluster.simulation.events import Events
 from cluster.simulation.router import MAX_FRUITLESS, Cluster, Outcome, SimulatedFlight, SimulatedRouter
+from cluster.simulation.trace import Hints
 from cluster.simulation.worker import Frame, Said
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
@@ -123,3 +125,9 @@ def test_cached_tokens_are_those_of_the_first_attempt() -> None:
     it.hear(failed=True)
     it.hear(cached_tokens=512)
     assert it.outcome.cached_tokens == 128
+
+
+def test_a_placement_hears_what_the_client_said() -> None:
+    trace = replace(request(0, 0.0, 1000, 50), hints=Hints("s", "t", -3))
+    facts = SimulatedFlight(trace, Outcome(0, 1000, 50, 0.0), 50).facts()
+    assert (facts.session, facts.tenant, facts.priority) == ("s", "t", -3)

@@ -107,6 +107,25 @@ def test_who_waits_behind_a_flood_depends_on_tenant_and_priority(num_prefill: in
 
 
 @pytest.mark.usefixtures("at_given_times")
+@pytest.mark.parametrize(
+    ("own", "of_all", "is_refused"),
+    [
+        (Hints(slo_ttft_ms=1000), None, True),
+        (Hints(slo_ttft_ms=9000), None, False),
+        (Hints(slo_ttft_ms=9000), 1.0, True),  # the stricter counts
+        (Hints(slo_ttft_ms=1000), 9.0, True),
+        (Hints(slo_tpot_ms=5), None, True),  # a step takes 11 ms or more
+        (Hints(slo_tpot_ms=500), None, False),
+    ],
+)
+def test_a_request_may_have_limits_of_its_own(own: Hints, of_all: float | None, is_refused: bool) -> None:
+    flood = [request(number, num_prompt=1000) for number in range(20)]  # 2.2 s
+    last = replace(request(20, 0.001, num_prompt=1000), hints=own)
+    setup = replace(make_setup(), ttft_s=of_all)
+    assert bool(run(setup, trace_of(*flood, last)).outcomes[-1].refused) == is_refused
+
+
+@pytest.mark.usefixtures("at_given_times")
 def test_two_prompts_that_come_together_share_a_step() -> None:
     outcomes = run(make_setup(), trace_of(request(0), request(1))).outcomes
     assert [each.ttft for each in outcomes] == pytest.approx([2 * NETWORK_S + 0.03] * 2)

@@ -108,11 +108,13 @@ def test_a_trace_whose_ids_go_in_a_circle_is_read_to_its_end(tmp_path: Path, las
     assert all(shared(requests[0].hashes(512), each.hashes(512)) == 2 for each in requests)
 
 
-def test_a_line_may_name_its_session_tenant_and_priority(tmp_path: Path) -> None:
+def test_a_line_may_say_what_its_client_says(tmp_path: Path) -> None:
     path = tmp_path / "named.jsonl"
     line = '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1]%s}\n'
-    path.write_text(line % "" + line % ', "session_id": "s", "tenant": "t", "priority": -1')
-    assert [each.hints for each in load_trace(path).requests] == [NO_HINTS, Hints("s", "t", -1)]
+    named = ', "session_id": "s", "tenant": 7, "priority": -1, "slo_ttft_ms": 2000, "slo_tpot_ms": 0.5'
+    path.write_text(line % "" + line % named + line % ', "session_id": null, "tenant": null, "priority": null')
+    hints = [each.hints for each in load_trace(path).requests]
+    assert hints == [NO_HINTS, Hints("s", "7", -1, 2000.0, 0.5), NO_HINTS]
 
 
 def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> None:
@@ -177,8 +179,12 @@ def test_arrivals_stay_in_their_window_and_order_and_differ_by_seed() -> None:
             "<= 2147483647.*priority",
         ),
         (
-            '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1], "tenant": 7}',
-            "got `int`.*tenant",
+            '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1], "tenant": [7]}',
+            "got `array`.*tenant",
+        ),
+        (
+            '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1], "slo_tpot_ms": 0}',
+            "> 0.*slo_tpot_ms",
         ),
         ('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "hash_ids: 1 for 600 tokens"),
         ("", "holds no request"),
