@@ -1,8 +1,10 @@
-"""A Mooncake trace whose requests have tenants, or of which some are urgent, on stdout: drawn at random.
+"""A Mooncake trace whose requests have tenants, or of which some are urgent, on stdout.
 
-python -m benchmarks.tenant_trace conversation_trace.jsonl --tenants large=8 b=1 c=1 > tenants.jsonl
-python -m benchmarks.tenant_trace conversation_trace.jsonl --urgent 0.1 --urgent-ttft-ms 2000 > urgent.jsonl
-baton simulate spec.yaml --trace tenants.jsonl --rate-scale 10
+Who sends a request, and whether it is urgent, is drawn at random; `baton simulate` reports what becomes of each.
+
+    python -m benchmarks.tenant_trace conversation_trace.jsonl --tenants large=8 b=1 c=1 > tenants.jsonl
+    python -m benchmarks.tenant_trace conversation_trace.jsonl --urgent 0.1 --urgent-ttft-ms 2000 > urgent.jsonl
+    baton simulate spec.yaml --trace tenants.jsonl --rate-scale 10
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 With an executor that allows two steps in flight, the next one is planned and started while the device computes the
 one before it, whose tokens are then collected and published while the next one runs. Not behind a step of LONG_STEP_S:
-what comes meanwhile would wait for both, and planning takes a hundredth of that.
+what comes meanwhile would wait for both, and beside such a step the time that a device waits for a plan is little.
 
 What differs between prefill and decode comes in as a `Role`. The loop owns the order of things, deadlines, load and
 progress; the engine, the clients and the role are touched by its thread only. Other threads post to the inbox, ask
@@ -27,7 +27,7 @@ from protos import worker_pb2 as pb
 
 IDLE_WAIT_S = 0.2  # how late a deadline of a waiting request may be noticed
 CALIBRATION_S = 0.25  # between two fits of the step model
-LONG_STEP_S = 0.1
+LONG_STEP_S = 0.1  # by the worker's own model of its steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ COLUMNS = {
 async def main() -> None:
     options = parser(__doc__)
     options.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    options.add_argument("--long", type=int, help="tokens of a long prompt")
+    options.add_argument("--long", type=positive, help="tokens of a long prompt")
     options.add_argument("--num-long", type=positive, default=3)
     options.add_argument("--num-short", type=positive, default=20)
     options.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,7 @@
 """What part of a queue goes before a newcomer, and what decisions make of it."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from engine.kv.events import KvEvent
 from router.placement import Placed, Refused
 from router.policies import PrefixAware
 from router.queue_shares import QueuedPrompt, QueueShares
-from tests.router.dispatch.workers import Cluster, choose, facts, view, worker
+from tests.router.dispatch.workers import Cluster, Prompt, choose, facts, view, worker
 
 
 def test_parts_are_those_of_all_that_is_expected_to_wait_still() -> None:
@@ -65,13 +66,18 @@ def test_clients_that_make_up_priorities_cost_no_more_than_some() -> None:
     assert shares.part_ahead(-1, 1, now=10.0) is None  # nothing is left, of any priority
 
 
+def place(it: Cluster, num_tokens: int, **facts: Any) -> Placed[Prompt]:
+    it.add(num_tokens, **facts)
+    (placed,) = it.placement.pump()
+    assert isinstance(placed, Placed)
+    return placed
+
+
 def flooded(num_prompts: int = 20) -> Cluster:
     """A prefill worker with prompts of 2 s, which it has told of, and another worker that decodes."""
     it = Cluster(["p0", "d0"], policy=PrefixAware(local_prefill_max_tokens=0))
     for number in range(num_prompts):
-        it.add(num_tokens=20_000, priority=5)
-        (placed,) = it.placement.pump()
-        assert isinstance(placed, Placed)
+        place(it, 20_000, priority=5)
         it.report("p0", queue_s=2.0 * (number + 1))
     it.report("d0", num_running=1)
     return it
@@ -79,8 +85,8 @@ def flooded(num_prompts: int = 20) -> Cluster:
 
 def test_an_urgent_request_is_not_refused_for_a_queue_that_it_passes() -> None:
     it = flooded()
-    alike = it.add(num_tokens=1000, ttft_s=5.0, priority=5)
-    urgent = it.add(num_tokens=1000, ttft_s=5.0)
+    alike = it.add(1000, ttft_s=5.0, priority=5)
+    urgent = it.add(1000, ttft_s=5.0)
     placed, refused = it.placement.pump()
     assert isinstance(placed, Placed)
     assert isinstance(refused, Refused)
@@ -93,29 +99,27 @@ def test_what_should_have_been_computed_by_now_is_in_no_queue() -> None:
     it = flooded(5)
     it.clock.now = 9.0
     for _ in range(3):
-        it.add(num_tokens=20_000)
+        it.add(20_000)
     assert len(list(it.placement.pump())) == 3
     it.report("p0", queue_s=8.0)  # one that is left, and the three
-    it.add(num_tokens=1000)
-    (placed,) = it.placement.pump()
-    assert isinstance(placed, Placed)
+    placed = place(it, 1000)
     assert placed.decision.ttft_s == pytest.approx(0.75 * 8.0 + 0.104, abs=0.01)
 
 
 def test_what_is_over_is_in_no_queue() -> None:
     it = Cluster(["p0", "d0"], policy=PrefixAware(local_prefill_max_tokens=0))
-    flood = [it.add(num_tokens=20_000, priority=5) for _ in range(20)]
+    flood = [it.add(20_000, priority=5) for _ in range(20)]
     assert len(list(it.placement.pump())) == 20
     for prompt in flood[:10]:
         it.placement.release(prompt)
     for prompt in flood[10:]:
         it.placement.put_back(prompt)
         it.placement.release(prompt)
-    it.add(num_tokens=20_000)
+    it.add(20_000)
     assert len(list(it.placement.pump())) == 1
     it.report("p0", queue_s=20.0)
     it.report("d0", num_running=1)
-    late = it.add(num_tokens=1000, ttft_s=10.0)
+    late = it.add(1000, ttft_s=10.0)
     (refused,) = it.placement.pump()
     assert isinstance(refused, Refused)
     assert refused.candidate is late
@@ -123,31 +127,25 @@ def test_what_is_over_is_in_no_queue() -> None:
 
 def test_what_is_tried_again_is_in_a_queue_once() -> None:
     it = Cluster(["p0", "d0"], policy=PrefixAware(local_prefill_max_tokens=0))
-    flood = [it.add(num_tokens=20_000, priority=number % 2) for number in range(20)]
+    flood = [it.add(20_000, priority=number % 2) for number in range(20)]
     assert len(list(it.placement.pump())) == 20
     for prompt in flood[1::2]:
         it.placement.put_back(prompt)
     assert len(list(it.placement.pump())) == 10
     it.report("p0", queue_s=40.0)
     it.report("d0", num_running=1)
-    it.add(num_tokens=1000)
-    (placed,) = it.placement.pump()
-    assert isinstance(placed, Placed)
+    placed = place(it, 1000)
     assert placed.decision.ttft_s == pytest.approx(20.104, abs=0.01)
 
 
 def test_a_worker_that_clears_its_cache_keeps_its_queue() -> None:
     it = flooded()
     it.placement.apply("p0", KvEvent(cleared=True))
-    it.add(num_tokens=1000, ttft_s=5.0)
-    (placed,) = it.placement.pump()
-    assert isinstance(placed, Placed)
+    place(it, 1000, ttft_s=5.0)
     it.placement.detach("p0")
     it.attach("p1")  # where it was
     it.report("p1", queue_s=2.0)
-    it.add(num_tokens=1000)
-    (placed,) = it.placement.pump()
-    assert isinstance(placed, Placed)
+    placed = place(it, 1000)
     assert placed.decision.ttft_s == pytest.approx(2.104, abs=0.01)
 
 
@@ -158,9 +156,7 @@ def test_a_worker_that_leaves_takes_its_queue_along() -> None:
     it.report("p1", draining=True)
     it.attach("p2")  # in the slot of the first
     it.report("p2", queue_s=2.0)
-    it.add(num_tokens=1000)
-    (placed,) = it.placement.pump()
-    assert isinstance(placed, Placed)
+    placed = place(it, 1000)
     assert placed.decision.ttft_s == pytest.approx(2.104, abs=0.01)
 
 
@@ -169,15 +165,11 @@ def test_a_decode_worker_that_prefills_computes_the_urgent_first_too() -> None:
     it = Cluster(["p0", "d0", "d1"], policy=PrefixAware())
     it.report("p0", draining=True)
     for number, priority in enumerate((-1, 5)):
-        it.add(num_tokens=20_000, priority=priority)
-        (placed,) = it.placement.pump()
-        assert isinstance(placed, Placed)
+        placed = place(it, 20_000, priority=priority)
         it.report(placed.decision.decode, num_running=1, queue_s=2.0)
         if number == 0:
             first = placed.decision.decode
-    it.add(num_tokens=1000)
-    (placed,) = it.placement.pump()
-    assert isinstance(placed, Placed)
+    placed = place(it, 1000)
     assert placed.decision.decode != first
     assert placed.decision.ttft_s == pytest.approx((0.004 + 0.8192) / 2 + 0.104, abs=0.02)
 
@@ -186,9 +178,7 @@ def test_who_passes_all_waits_for_no_more_than_there_is() -> None:
     """Half a step, but no more than the queue."""
     it = flooded(1)
     it.report("p0", queue_s=0.1)
-    it.add(num_tokens=1000)
-    (placed,) = it.placement.pump()
-    assert isinstance(placed, Placed)
+    placed = place(it, 1000)
     assert placed.decision.ttft_s == pytest.approx(0.1 + 0.104, abs=0.01)
 
 
