@@ -14,6 +14,8 @@ import time
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 
+import numpy as np
+
 from engine.message_server import MessageServer
 from engine.message_stream import MessageStream
 from engine.request import Request, RequestId, SamplingParams
@@ -168,14 +170,15 @@ def measure_index(num_workers: int, blocks_each: int) -> None:
     for slot in slots:
         index.apply(slot, shared[: rng.randrange(1, 2048)])
     print(f"index, {num_workers} workers, {index.num_hashes} blocks: {rate / 1e6:.2f} M blocks/s stored")
+    found = np.zeros(index.num_slots)
     for length in (128, 512, 2048):
         times = []
         for _ in range(2000):
             start = time.perf_counter()
-            index.match(shared[:length])
+            index.find(shared[:length], found)
             times.append(time.perf_counter() - start)
         times.sort()
-        print(f"  match of {length} blocks: p50 {times[1000] * 1e6:.1f} us, p99 {times[1980] * 1e6:.1f} us")
+        print(f"  find of {length} blocks: p50 {times[1000] * 1e6:.1f} us, p99 {times[1980] * 1e6:.1f} us")
     start = time.perf_counter()
     index.close(slots[0])
     print(f"  closing a worker of {blocks_each} blocks: {(time.perf_counter() - start) * 1e3:.1f} ms")

@@ -20,6 +20,7 @@ from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, WorkerState
 from router.placement import Placed, Placement, PlacementConfig
 from router.policies import PrefixAware, RequestFacts
+from router.prefix_index import Hashes
 from router.worker_table import Floats, WorkerTable
 
 BLOCK_SIZE = 16
@@ -48,12 +49,12 @@ class Prompt:
     reusable = True
 
     def __init__(self, facts: RequestFacts, hashes: Sequence[int]) -> None:
-        self._facts, self._hashes = facts, hashes
+        self._facts, self._hashes = facts, np.array(hashes, np.uint64)
 
     def facts(self) -> RequestFacts:
         return self._facts
 
-    def hashes(self, _block_size: int) -> Sequence[int]:
+    def hashes(self, _block_size: int) -> Hashes:
         return self._hashes
 
 

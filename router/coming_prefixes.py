@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 
-from engine.kv.block_hash import sample_blocks, sampled
+from engine.kv.block_hash import sample_blocks
 
 _MAX_PROMPTS = 8  # of those that have a block; more would cost each decision time and win nobody any
 _LATE_S = 2.0  # after the first token is expected
@@ -57,15 +57,15 @@ class ComingPrefixes:
         heappush(self._ends, (now + seconds + _LATE_S, next(self._numbers), prompt))
         return prompt
 
-    def find(self, hashes: Sequence[int], block_size: int, now: float) -> dict[str, int]:
-        """Tokens that each worker soon holds of a prompt, whose full blocks these are."""
+    def find(self, sample: Sequence[int], block_size: int, now: float) -> dict[str, int]:
+        """Tokens that each worker soon holds of a prompt, whose full blocks these are a sample of."""
         self._expire(now)
-        wanted, prompts = sampled(hashes, block_size), self._prompts
-        if prompts.keys().isdisjoint(wanted):
+        prompts = self._prompts
+        if prompts.keys().isdisjoint(sample):
             return {}
         found: dict[str, int] = {}
         size = sample_blocks(block_size) * block_size
-        for place, block_hash in enumerate(wanted, 1):
+        for place, block_hash in enumerate(sample, 1):
             for prompt in prompts.get(block_hash, ()):
                 found[prompt.worker_id] = place * size
         return found

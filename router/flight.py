@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from engine.errors import InvalidRequest
-from engine.kv.block_hash import hashes_of_bytes
+from engine.kv.block_hash import packed_hashes
 from engine.request import FinishReason, Request
 from engine.wire import submit_to_pb
 from protos import worker_pb2 as pb
@@ -22,6 +23,7 @@ from router.attempt import Attempt
 from router.generation import DeadlineExceeded, GenerationFailed, RouteHints
 from router.placement import Placed
 from router.policies import RequestFacts
+from router.prefix_index import Hashes
 from router.session import WorkerSession
 from router.stream import TokenStream
 
@@ -81,7 +83,7 @@ class Flight:
         self._slo = slo if hints.ttft_s is None and hints.tpot_s is None else _strictest(hints, slo)
         self._chain_seed = chain_seed
         self._clock = clock
-        self._hashes: dict[int, list[int]] = {}  # by block size, of the tokens the next attempt submits
+        self._hashes: dict[int, Hashes] = {}  # by block size, of the tokens the next attempt submits
         self._excluded = _NOBODY
         self._num_fruitless = 0
         self._attempt: Attempt | None = None
@@ -115,11 +117,11 @@ class Flight:
             excluded=self._excluded,
         )
 
-    def hashes(self, block_size: int) -> list[int]:
+    def hashes(self, block_size: int) -> Hashes:
         hashes = self._hashes.get(block_size)
         if hashes is None:
-            hashes = hashes_of_bytes(self._submit.token_ids, block_size, self._chain_seed)
-            self._hashes[block_size] = hashes
+            packed = packed_hashes(self._submit.token_ids, block_size, self._chain_seed)
+            hashes = self._hashes[block_size] = np.frombuffer(packed, ">u8").astype(np.uint64)
         return hashes
 
     def launch(self, placed: Placed["Flight"], prefill: WorkerSession | None, decode: WorkerSession) -> None:

@@ -20,7 +20,7 @@ from router.cluster_view import Reservation, WorkerState
 from router.coming_prefixes import ComingPrefixes, ComingPrompt
 from router.fairness import cost_of
 from router.policies import LATE, Reject, RequestFacts, RoutingDecision, RoutingPolicy
-from router.prefix_index import PrefixIndex, bits
+from router.prefix_index import Hashes, PrefixIndex
 from router.queue_shares import QueuedPrompt, QueueShares
 from router.worker_table import Floats, WorkerTable
 
@@ -37,7 +37,7 @@ class Candidate(Protocol):
 
     def facts(self) -> RequestFacts: ...
 
-    def hashes(self, block_size: int) -> Sequence[int]:
+    def hashes(self, block_size: int) -> Hashes:
         """Of its full blocks."""
         ...
 
@@ -281,8 +281,10 @@ class Placement(Generic[C]):
         if facts.session:
             block_size = self._states[decision.decode].description.block_size
             hashes = candidate.hashes(block_size)
-            if hashes:
-                turn = Turn(decision.prefill, decision.decode, facts.num_tokens, block_size, len(hashes), hashes[-1])
+            if len(hashes):
+                turn = Turn(
+                    decision.prefill, decision.decode, facts.num_tokens, block_size, len(hashes), int(hashes[-1])
+                )
                 self._turns[candidate] = turn
                 self._affinity.placed((facts.tenant, facts.session), turn)
 
@@ -290,7 +292,7 @@ class Placement(Generic[C]):
         """Who prefills it has it in his queue, and soon holds it."""
         worker_id = decision.prefill or decision.decode
         block_size = self._states[worker_id].description.block_size
-        lacking = sampled(candidate.hashes(block_size), block_size, decision.hit_tokens)
+        lacking = sampled(candidate.hashes(block_size), block_size, decision.hit_tokens).tolist()
         now, slot = self._table.now, self._slots[worker_id]
         self._queued[candidate] = self._shares.placed(priority, slot, decision.prefill_s, now + decision.ttft_s)
         prompt = self._coming.expect(worker_id, lacking, decision.ttft_s, now)
@@ -315,9 +317,9 @@ class Placement(Generic[C]):
         if self._policy.uses_hits and candidate.reusable:
             for block_size in self._table.block_sizes:
                 hashes = candidate.hashes(block_size)
-                for num_blocks, mask in self._index.match(hashes):
-                    hits[bits(mask)] = num_blocks * block_size
-                for worker_id, num_tokens in self._coming.find(hashes, block_size, self._table.now).items():
+                self._index.find(hashes, hits, block_size)
+                sample = sampled(hashes, block_size).tolist()
+                for worker_id, num_tokens in self._coming.find(sample, block_size, self._table.now).items():
                     slot = self._slots.get(worker_id)
                     if slot is not None and hits[slot] < num_tokens:
                         hits[slot] = num_tokens

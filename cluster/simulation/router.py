@@ -19,6 +19,7 @@ from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, WorkerState
 from router.placement import Placed, Placement, Refused
 from router.policies import RequestFacts
+from router.prefix_index import Hashes
 
 MAX_FRUITLESS = 8  # attempts without a new token, as router.flight.RetryConfig
 
@@ -62,7 +63,7 @@ class SimulatedFlight:
     max_new_tokens: int  # as the client asked; the answer may end before
     ttft_s: float | None = None  # limits to refuse it by
     tpot_s: float | None = None
-    all_hashes: dict[int, list[int]] = field(default_factory=dict)  # by block size, of prompt and answer
+    all_hashes: dict[int, Hashes] = field(default_factory=dict)  # by block size, of prompt and answer
     num_received: int = 0  # tokens of the answer known to the router
     num_fruitless: int = 0
     excluded: frozenset[str] = frozenset()
@@ -95,10 +96,10 @@ class SimulatedFlight:
             excluded=self.excluded,
         )
 
-    def hashes(self, block_size: int) -> Sequence[int]:
+    def hashes(self, block_size: int) -> Hashes:
         return self.whole(block_size)[: self.num_tokens // block_size]
 
-    def whole(self, block_size: int) -> list[int]:
+    def whole(self, block_size: int) -> Hashes:
         if block_size not in self.all_hashes:
             self.all_hashes[block_size] = self.trace.hashes(block_size)
         return self.all_hashes[block_size]
@@ -195,7 +196,7 @@ class SimulatedRouter:
             flight.num_tokens,
             trace.num_prompt_tokens,
             trace.num_tokens,
-            flight.whole(worker.engine.kv.block_size),
+            flight.whole(worker.engine.kv.block_size).tolist(),
             trace.hints,
         )
         if flight.prefill is not None:
@@ -248,7 +249,7 @@ class SimulatedRouter:
                 len(request.token_ids),
                 request.num_prompt_tokens,
                 request.num_total_tokens,
-                flight.whole(size),
+                flight.whole(size).tolist(),
                 flight.trace.hints,
             )
         self._send(worker, client, lambda: decode.submit(client, request, offer))

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from router.params import PRIORITIES
+from router.prefix_index import Hashes
 
 TRACE_BLOCK = 512  # tokens a hash id stands for
 WINDOW_S = 3.0  # Mooncake's clock ticks so; arrivals are drawn anew within windows of this length
@@ -65,7 +66,7 @@ class TraceRequest:
         """Of prompt and answer."""
         return self.num_prompt_tokens + self.num_output_tokens
 
-    def hashes(self, block_size: int) -> list[int]:
+    def hashes(self, block_size: int) -> Hashes:
         """Of the full blocks of prompt and answer. `block_size` divides TRACE_BLOCK."""
         per_block = TRACE_BLOCK // block_size
         names = np.repeat(np.array(self.contents, np.uint64), per_block) * np.uint64(TRACE_BLOCK)
@@ -77,7 +78,7 @@ class TraceRequest:
             )
             names[own] |= np.uint64(1 << 63)
             names[own] += np.uint64(self.number << 32)
-        hashes: list[int] = ((names + np.uint64(1)) * np.uint64(_SCRAMBLE)).tolist()
+        hashes: Hashes = (names + np.uint64(1)) * np.uint64(_SCRAMBLE)
         return hashes
 
 

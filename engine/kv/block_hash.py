@@ -10,11 +10,18 @@ from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from struct import unpack
+from typing import TYPE_CHECKING, TypeVar
 
 from xxhash import xxh3_64_digest
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 TOKEN_BYTES = 4
 SAMPLE_TOKENS = 512
+
+S = TypeVar("S", Sequence[int], "npt.NDArray[np.uint64]")
 
 
 @lru_cache(1024)
@@ -30,21 +37,22 @@ def chain_seed(secret: str, model: str, adapter: str, salt: str) -> int:
 
 def block_hashes(token_ids: Sequence[int], block_size: int, seed: int) -> list[int]:
     """One hash for each full block. `seed` is the link before: the chain's, or the hash of the block before."""
-    return hashes_of_bytes(token_bytes(token_ids), block_size, seed)
+    links = packed_hashes(token_bytes(token_ids), block_size, seed)
+    return list(unpack(f">{len(links) // 8}Q", links))
 
 
-def hashes_of_bytes(tokens: bytes, block_size: int, seed: int) -> list[int]:
-    """`block_hashes` of what `token_bytes` made."""
+def packed_hashes(tokens: bytes, block_size: int, seed: int) -> bytes:
+    """`block_hashes` of what `token_bytes` made, as big-endian uint64."""
     size = block_size * TOKEN_BYTES
     link = seed.to_bytes(8, "big")
     links: list[bytes] = []
     for start in range(0, len(tokens) - size + 1, size):
         link = xxh3_64_digest(link + tokens[start : start + size])
         links.append(link)
-    return list(unpack(f">{len(links)}Q", b"".join(links)))
+    return b"".join(links)
 
 
-def sampled(hashes: Sequence[int], block_size: int, num_tokens: int = 0) -> Sequence[int]:
+def sampled(hashes: S, block_size: int, num_tokens: int = 0) -> S:
     """Of every SAMPLE_TOKENS tokens, counted from the beginning, the hash of the block that ends them, of larger blocks
     each one's; without those among the first `num_tokens`. It is what is said of prompts that are not computed yet."""
     step = sample_blocks(block_size)

@@ -22,7 +22,7 @@ def expect(coming: ComingPrefixes, worker_id: str, hashes: list[int], seconds: f
 
 
 def found(coming: ComingPrefixes, hashes: list[int], now: float = 0.0) -> dict[str, int]:
-    return coming.find(hashes, BLOCK, now)
+    return coming.find(sampled(hashes, BLOCK), BLOCK, now)
 
 
 def test_of_each_worker_the_longest_beginning_that_it_computes_is_found() -> None:

@@ -1,6 +1,7 @@
 import asyncio
 import random
 
+import numpy as np
 import pytest
 
 from engine.message_stream import connect
@@ -157,9 +158,13 @@ async def test_the_index_holds_what_workers_hold_whatever_frames_and_events_are_
         index, slots = it.dispatcher._placement._index, it.dispatcher._placement._slots
 
         def exact(worker: FakeWorker) -> bool:
-            bit = 1 << slots[worker.id]
-            known = {h for shard in index._shards for h, mask in shard.items() if mask & index._live & bit}
-            return known == set(worker.hashes)
+            known, slot = set(), slots[worker.id]
+            for block in (*range(50), 99):
+                found = np.zeros(index.num_slots)
+                index.find([block], found)
+                if found[slot]:
+                    known.add(block)
+            return known == set(worker.hashes) and index.num_blocks(slot) == len(known)
 
         for _ in range(60):
             worker = it[rng.choice(list(it.workers))]

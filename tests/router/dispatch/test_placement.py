@@ -13,6 +13,7 @@ from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation
 from router.placement import Placed, PlacementConfig, Refused
 from router.policies import RequestFacts, RoundRobin
+from router.prefix_index import Hashes
 from tests.router.dispatch.workers import BLOCK, FAST_MODEL, Cluster, Prompt
 
 
@@ -299,7 +300,7 @@ def test_nothing_is_kept_of_the_limits_of_those_that_wait_no_more(how):
 
 def test_a_policy_that_uses_no_hits_has_no_prompt_hashed():
     class Unhashed(Prompt):
-        def hashes(self, _block_size: int) -> list[int]:
+        def hashes(self, _block_size: int) -> Hashes:
             raise AssertionError("it takes time")
 
     it = Cluster(["p0", "d0"], policy=RoundRobin())

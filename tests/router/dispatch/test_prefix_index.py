@@ -1,24 +1,26 @@
 import random
 
+import numpy as np
 import pytest
 
-from router.prefix_index import PrefixIndex, bits
+from router.prefix_index import PrefixIndex, _place
+
+UINT64 = (1 << 64) - 1
 
 
 def chain(rng: random.Random, length: int) -> list[int]:
     """Chained hashes over a tiny vocabulary, so that chains share prefixes."""
     hashes, parent = [], 0
     for _ in range(length):
-        parent = hash((parent, rng.randrange(2)))
+        parent = hash((parent, rng.randrange(2))) & UINT64
         hashes.append(parent)
     return hashes
 
 
 def matched(index: PrefixIndex, hashes: list[int]) -> dict[int, int]:
-    found = index.match(hashes)
-    assert [length for length, _ in found] == sorted({length for length, _ in found})
-    assert all(mask for _, mask in found)
-    return {slot: length for length, mask in found for slot in bits(mask).tolist()}
+    found = np.zeros(index.num_slots)
+    index.find(hashes, found)
+    return {slot: int(found[slot]) for slot in np.flatnonzero(found).tolist()}
 
 
 def brute_force(held: dict[int, set[int]], hashes: list[int]) -> dict[int, int]:
@@ -94,33 +96,52 @@ def test_it_agrees_with_brute_force_over_1024_workers() -> None:
     assert index.num_slots < 2 * 1024
 
 
-def stored_masks(index: PrefixIndex) -> list[int]:
-    return [mask for shard in index._shards for mask in shard.values()]
+def sets_of(index: PrefixIndex) -> list[int]:
+    """Of all its blocks, while nothing is rebuilt."""
+    assert not len(index._old)
+    return [number for number in index._table[:, 1].tolist() if number]
 
 
-def test_blocks_of_the_same_workers_share_one_mask() -> None:
+def test_blocks_of_the_same_workers_share_one_set() -> None:
     index = PrefixIndex()
-    slots = [index.open() for _ in range(100)]  # masks of more than one machine word are objects of their own
+    slots = [index.open() for _ in range(100)]
     for slot in slots:
         for start in range(0, 400, 20):  # in several events: the sharing goes beyond one call
             index.apply(slot, range(start, start + 20))
-    assert {id(mask) for mask in stored_masks(index)} == {id(stored_masks(index)[0])}
+    (number,) = set(sets_of(index))
+    assert index._uses[number] == 400
     index.apply(slots[99], (), range(399, 199, -1))
-    assert len({id(mask) for mask in stored_masks(index)}) == 2
+    assert sorted(index._uses[list(set(sets_of(index)))].tolist()) == [200, 200]
     for slot in slots[1:]:
         index.apply(slot, (), range(399, -1, -1))
-    assert {id(mask) for mask in stored_masks(index)} == {id(index._bits[slots[0]])}
+    assert set(sets_of(index)) == {index._alone[slots[0]]}
+    assert len(index._numbers) - len(index._unused) < 300  # of passing ones there are no more than there were at once
 
 
-def test_a_forgotten_table_of_masks_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.prefix_index._MAX_KNOWN", 2)
+def test_forgotten_changes_and_reused_numbers_of_sets_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     index, held = PrefixIndex(), {}
-    for length in range(40, 0, -1):
+    monkeypatch.setattr(index, "_changes", np.zeros((1 << 15, 2), np.uint64)[:])
+    rng, blocks = random.Random(0), list(range(1, 41))
+    for _ in range(80):
         slot = index.open()
-        index.apply(slot, range(1, length + 1))
-        held[slot] = set(range(1, length + 1))
-        assert len(index._known) <= 2
-    assert matched(index, list(range(1, 50))) == brute_force(held, list(range(1, 50)))
+        held[slot] = set()
+    sizes = set()
+    for _ in range(4000):
+        slot = rng.choice(list(held))
+        length = rng.randrange(41)
+        index.apply(slot, blocks[:length], blocks[length:][::-1])
+        held[slot] = set(blocks[:length])
+        if not rng.randrange(50):
+            index._num_changes = len(index._changes)  # the next one is one too many
+        sizes.add(len(index._sets))
+    assert matched(index, blocks) == brute_force(held, blocks)
+    assert len(sizes) > 1
+    assert len(index._sets) <= 1024  # 120 live ones, at most
+    used = np.bincount(np.array(sets_of(index)), minlength=len(index._uses))
+    for slot in held:
+        used[index._alone[slot]] += 1
+    used[0] = index._uses[0]
+    assert used.tolist() == index._uses.tolist()
 
 
 def test_hashes_and_slots_stay_bounded_while_workers_come_and_go():
@@ -129,40 +150,87 @@ def test_hashes_and_slots_stay_bounded_while_workers_come_and_go():
     for life in range(300):
         index.close(slots[life % 16])
         slot = slots[life % 16] = index.open()
-        index.apply(slot, [hash((life, i)) for i in range(2000)])
+        index.apply(slot, [hash((life, i)) & UINT64 for i in range(2000)])
         assert index.num_hashes <= 2 * 16 * 2000
         assert index.num_slots <= 3 * 16
 
 
-def test_bits_are_the_numbers_of_the_set_ones_in_order() -> None:
-    for expected in ([], [0], [7], [1023], [0, 8, 63, 64, 1000], list(range(70))):
-        assert bits(sum(1 << number for number in expected)).tolist() == expected
-
-
-def test_closing_everyone_leaves_nothing_once_swept():
+def test_closing_everyone_leaves_nothing_once_rebuilt():
     index = PrefixIndex()
     for blocks in (range(100), range(50)):
         index.apply(index.open(), blocks)
     index.close(0)
-    assert index.match([1]) == [(1, 0b10)]
+    assert matched(index, [1]) == {1: 1}
     index.close(1)
-    assert index.match([1]) == index.match([]) == []
+    assert matched(index, [1]) == matched(index, []) == {}
     for _ in range(8):
         index.close(index.open())
     assert index.num_hashes == 0
 
 
-def test_a_long_match_takes_few_probes():
-    class Counting(list):
-        probes = 0
-
-        def __getitem__(self, item):
-            Counting.probes += 1
-            return super().__getitem__(item)
-
+@pytest.mark.parametrize("seed", range(3))
+def test_no_event_waits_for_the_whole_table_while_it_grows_shrinks_and_loses_a_worker(seed):
+    """Blocks are found wherever they are, and all of them are in the new table before it is full."""
+    rng = random.Random(seed)
     index = PrefixIndex()
-    index.apply(index.open(), range(4096))
-    index.apply(index.open(), range(1000))
-    index._shards = Counting(index._shards)
-    assert index.match(range(4096)) == [(1000, 0b10), (4096, 0b01)]
-    assert Counting.probes < 60
+    slots = [index.open(), index.open()]
+    held: dict[int, list[int]] = {slot: [] for slot in slots}
+    grown = 0
+    for turn in range(6000):
+        slot = rng.choice(slots)
+        if turn % 3000 < 1800:
+            hashes = [rng.getrandbits(64) for _ in range(rng.randrange(1, 40))]
+            index.apply(slot, hashes)
+            held[slot] += hashes
+        else:
+            count = min(len(held[slot]), rng.randrange(1, 80))
+            index.apply(slot, (), held[slot][: -count - 1 : -1])
+            del held[slot][len(held[slot]) - count :]
+        grown += len(index._old) > 0 and index._next_place < len(index._old)
+        assert index.num_hashes == sum(map(len, held.values()))
+        for each in slots:
+            some = rng.choice(held[each]) if held[each] else 0
+            assert matched(index, [some]) == brute_force({key: set(value) for key, value in held.items()}, [some])
+        if turn in (1500, 4500):
+            index.close(slot)
+            slots.remove(slot)
+            left = held.pop(slot)
+            slots.append(index.open())
+            assert slots[-1] != slot
+            held[slots[-1]] = left
+            index.apply(slots[-1], left)
+    assert grown > 100
+
+
+def test_places_behind_an_erased_one_are_found() -> None:
+    """Blocks whose places would be the same ones, at the table's end too."""
+    rng = random.Random(0)
+    index, held = PrefixIndex(), {}
+    slot = index.open()
+    held[slot] = set()
+    hashes = [(high << 32) + low for high in range(12) for low in (1021, 1022, 1023, 0, 1)]
+    for _ in range(3000):
+        block = rng.choice(hashes)
+        if block in held[slot]:
+            index.apply(slot, (), [block])
+            held[slot].remove(block)
+        else:
+            index.apply(slot, [block])
+            held[slot].add(block)
+        assert index.num_hashes == len(held[slot])
+        assert {each for each in hashes if matched(index, [each])} == held[slot]
+
+
+def test_a_long_match_takes_few_probes() -> None:
+    """Whoever changes a block that was not looked at changes nothing."""
+    index = PrefixIndex()
+    index.apply(index.open(), range(1, 4097))
+    index.apply(index.open(), range(1, 1001))
+    hashes = list(range(1, 4097))
+    assert matched(index, hashes) == {0: 4096, 1: 1000}
+    kept, looked_at = index._table.copy(), 0
+    for block in hashes:
+        index._table[_place(index._table, np.uint64(block)), 1] = index._alone[1] + 1  # a set that stands nowhere else
+        looked_at += matched(index, hashes) != {0: 4096, 1: 1000}
+        index._table[:] = kept
+    assert 0 < looked_at < 30

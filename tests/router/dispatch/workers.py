@@ -12,6 +12,7 @@ from protos import worker_pb2 as pb
 from router.cluster_view import WorkerState
 from router.placement import Placed, Placement, PlacementConfig, Refused
 from router.policies import PrefixAware, RequestFacts, RoutingDecision, RoutingPolicy
+from router.prefix_index import Hashes
 from router.worker_table import WorkerTable
 from tests.fakes import FakeClock
 
@@ -94,8 +95,8 @@ class Prompt:
     def facts(self) -> RequestFacts:
         return self.facts_
 
-    def hashes(self, _block_size: int) -> Sequence[int]:
-        return self.hashes_
+    def hashes(self, _block_size: int) -> Hashes:
+        return np.array(self.hashes_, np.uint64)
 
 
 @dataclass
