@@ -5,43 +5,46 @@ user's cache, so only the first start after an installation pays for it.
 """
 
 from collections.abc import Callable
-from typing import Annotated, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba import types
 
 F = TypeVar("F", bound=Callable[..., object])
 
-# Beside each type, Numba's name for it.
-Word = Annotated[np.uint64, "uint64"]
-Words = Annotated[npt.NDArray[np.uint64], "uint64[::1]"]
-WordRows = Annotated[npt.NDArray[np.uint64], "uint64[:, ::1]"]
-Counts = Annotated[npt.NDArray[np.int64], "int64[::1]"]
-Floats = Annotated[npt.NDArray[np.float64], "float64[::1]"]
-_NAMES = {int: "int64", float: "float64", bool: "boolean", type(None): "void"}
+# Beside each type, Numba's.
+Word = Annotated[np.uint64, types.uint64]
+Words = Annotated[npt.NDArray[np.uint64], types.uint64[::1]]
+WordRows = Annotated[npt.NDArray[np.uint64], types.uint64[:, ::1]]
+Ints = Annotated[npt.NDArray[np.int64], types.int64[::1]]
+Floats = Annotated[npt.NDArray[np.float64], types.float64[::1]]
+FloatRows = Annotated[npt.NDArray[np.float64], types.float64[:, ::1]]
+Bools = Annotated[npt.NDArray[np.bool_], types.boolean[::1]]
+_TYPES = {int: types.int64, float: types.float64, type(None): types.void}
 
 
 def compiled(function: F) -> F:
     hints = get_type_hints(function, include_extras=True)
-    returned = hints.pop("return")
-    signature = f"{_name(returned)}({', '.join(map(_name, hints.values()))})"
+    returned = _type(hints.pop("return"))
+    signature = returned(*map(_type, hints.values()))
     try:
-        return cast("F", numba.njit(signature, cache=True)(function))
+        return cast("F", numba.njit(signature, cache=True, error_model="numpy")(function))
     except RuntimeError as error:  # neither place can be written to
         if "no locator" not in str(error):
             raise
-    return cast("F", numba.njit(signature)(function))
+    return cast("F", numba.njit(signature, error_model="numpy")(function))
 
 
 def inlined(function: F) -> F:
     """A part of compiled functions of the same file."""
-    return cast("F", numba.njit(function))
+    return cast("F", numba.njit(function, error_model="numpy"))
 
 
-def _name(annotation: object) -> str:
+def _type(annotation: object) -> Any:
     if get_origin(annotation) is Annotated:
-        return str(get_args(annotation)[1])
+        return get_args(annotation)[1]
     if get_origin(annotation) is tuple:
-        return f"Tuple(({', '.join(map(_name, get_args(annotation)))}))"
-    return _NAMES[annotation]  # type: ignore[index]
+        return types.Tuple(tuple(map(_type, get_args(annotation))))  # type: ignore[no-untyped-call]
+    return _TYPES[annotation]  # type: ignore[index]

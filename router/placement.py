@@ -18,11 +18,12 @@ from router.admission import Admission, AdmissionConfig
 from router.affinity import Affinity, Turn
 from router.cluster_view import Reservation, WorkerState
 from router.coming_prefixes import ComingPrefixes, ComingPrompt
+from router.compiled import Floats
 from router.fairness import cost_of
 from router.policies import LATE, Reject, RequestFacts, RoutingDecision, RoutingPolicy
 from router.prefix_index import Hashes, PrefixIndex
 from router.queue_shares import QueuedPrompt, QueueShares
-from router.worker_table import Floats, WorkerTable
+from router.worker_table import WorkerTable
 
 _MAX_DIRTY = 16  # workers whose reports wait for a decision, which saves work where reports come more often
 

@@ -22,7 +22,7 @@ from heapq import heappop, heappush
 import numpy as np
 import numpy.typing as npt
 
-from router.compiled import Counts, Floats, Word, WordRows, Words, compiled, inlined
+from router.compiled import Floats, Ints, Word, WordRows, Words, compiled, inlined
 
 Hashes = Words
 
@@ -103,7 +103,7 @@ def _store(
     table: WordRows,
     old: WordRows,
     changes: WordRows,
-    uses: Counts,
+    uses: Ints,
     hashes: Hashes,
     start: int,
     code: Word,
@@ -152,7 +152,7 @@ def _store(
 
 @compiled
 def _remove(
-    table: WordRows, old: WordRows, changes: WordRows, uses: Counts, hashes: Hashes, start: int, code: Word
+    table: WordRows, old: WordRows, changes: WordRows, uses: Ints, hashes: Hashes, start: int, code: Word
 ) -> tuple[int, int, int]:
     """From `start` on, up to a change that is not known. Returns that position, how many blocks are gone from the
     index, and how many from the slot."""
@@ -194,7 +194,7 @@ def _remove(
 
 
 @compiled
-def _move(table: WordRows, old: WordRows, changes: WordRows, uses: Counts, start: int, end: int) -> tuple[int, int]:
+def _move(table: WordRows, old: WordRows, changes: WordRows, uses: Ints, start: int, end: int) -> tuple[int, int]:
     """Blocks from these places of the old table to the new one, without closed slots, up to a change that is not known.
     Returns that place and how many blocks are gone from the index."""
     seen, clean = _FREE, _FREE

@@ -13,7 +13,7 @@ from itertools import count
 
 import numpy as np
 
-from router.worker_table import Floats, Ints
+from router.compiled import Floats, Ints
 
 _MAX_PRIORITIES = 16  # told apart: each costs time in decisions, and clients choose them
 

@@ -7,17 +7,14 @@ decision. Who is in a pool changes rarely; then the pool is built anew.
 
 import math
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.step_model import StepModel
 from router.cluster_view import DECODE, PREFILL, WorkerState
+from router.compiled import Bools, FloatRows, Floats, Ints
 from router.demand import Demand
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.intp]
-Bools = npt.NDArray[np.bool_]
 
 # Of an H200 with an 8B model: what workers are taken for until one of them has run some steps.
 REFERENCE = StepModel(base_s=0.0035, prefill_token_s=21e-6, pair_s=1e-9, decode_s=26e-6, kv_token_s=3e-8)
@@ -33,37 +30,38 @@ MIN_FREE = 0.05  # likewise, of a worker's memory
 _WAIT_FOR_STALLED = 0.05
 
 
-class _Columns:
-    """One number for each worker in each: what it reports, the worker's StepModel, and what follows from both."""
+class Column(IntEnum):
+    """One number for each worker: its limit, what it reports, its StepModel, and what follows from both."""
 
-    block_size: Floats
-    num_blocks: Floats
-    num_seqs: Floats
-    num_running: Floats
-    num_free_blocks: Floats
-    base_s: Floats
-    prefill_token_s: Floats
-    pair_s: Floats
-    decode_s: Floats
-    kv_token_s: Floats
-    wait_s: Floats  # until a prompt that comes now would begin
-    occupancy: Floats  # sequences, or as many as the used memory stands for if that is more
-    num_tokens: Floats  # that its blocks hold
-    seq_tokens: Floats  # of KV that a sequence has, on average
-    newcomer_s: Floats  # that one more sequence adds to a step, before its KV
-    step_s: Floats  # a decode step now
-    transfer_token_s: Floats  # of its link, for each token of KV that comes
-    pull_wait_s: Floats  # until what is on its way has come
-    room: Floats  # blocks a newcomer may take: none at the limit of sequences, any when idle
-    num_coming: Floats  # sequences that do not run yet
-    block_part: Floats  # one block's of its memory
-    free_part: Floats  # of its memory
-    pressure: Floats  # sequences, times the part of its memory that is taken
-    stall_price: Floats  # seconds that others wait for memory longer, for each in which it decodes nothing
-    beside_s: Floats  # what decodes in a step beside a prompt takes of it
+    BATCH_TOKENS = 0  # of a step
+    BLOCK_SIZE = 1
+    NUM_BLOCKS = 2
+    NUM_SEQS = 3
+    NUM_RUNNING = 4
+    NUM_FREE_BLOCKS = 5
+    BASE_S = 6
+    PREFILL_TOKEN_S = 7
+    PAIR_S = 8
+    DECODE_S = 9
+    KV_TOKEN_S = 10
+    WAIT_S = 11  # until a prompt that comes now would begin
+    OCCUPANCY = 12  # sequences, or as many as the used memory stands for if that is more
+    NUM_TOKENS = 13  # that its blocks hold
+    SEQ_TOKENS = 14  # of KV that a sequence has, on average
+    NEWCOMER_S = 15  # that one more sequence adds to a step, before its KV
+    STEP_S = 16  # a decode step now
+    TRANSFER_TOKEN_S = 17  # of its link, for each token of KV that comes
+    PULL_WAIT_S = 18  # until what is on its way has come
+    ROOM = 19  # blocks a newcomer may take: none at the limit of sequences, any when idle
+    NUM_COMING = 20  # sequences that do not run yet
+    BLOCK_PART = 21  # one block's of its memory
+    FREE_PART = 22  # of its memory
+    PRESSURE = 23  # sequences, times the part of its memory that is taken
+    STALL_PRICE = 24  # seconds that others wait for memory longer, for each in which it decodes nothing
+    BESIDE_S = 25  # what decodes in a step beside a prompt takes of it
 
 
-class Pool(_Columns):
+class Pool:
     """A worker that has not run yet has the model of another one in its pool; one that has never prefilled, what that
     takes in `prefillers`."""
 
@@ -79,23 +77,26 @@ class Pool(_Columns):
         self._prefillers = prefillers
         self._positions = {state: position for position, state in enumerate(states)}
         self._teacher = next((state for state in states if state.model is not None), None)
-        self.rows: Ints = np.array(slots, np.intp)
+        self.rows: Ints = np.array(slots, np.int64)
         self.fingerprint: Ints = np.array(
-            [fingerprints.setdefault(state.description.fingerprint, len(fingerprints)) for state in states], np.intp
+            [fingerprints.setdefault(state.description.fingerprint, len(fingerprints)) for state in states], np.int64
         )
         max_lens = [state.description.max_model_len for state in states]
-        self.max_len: Ints = np.array(max_lens, np.intp)  # tokens of a sequence, prompt and output
-        self.least_max_len, self.most_max_len = min(max_lens, default=0), max(max_lens, default=0)
-        self.batch_tokens: Floats = np.array([state.description.max_batch_tokens for state in states], np.float64)
+        self.max_len: Ints = np.array(max_lens, np.int64)  # tokens of a sequence, prompt and output
+        self.workers = (self.rows, self.fingerprint, self.max_len)
+        self.most_max_len = max(max_lens, default=0)
         self.total_seqs = 0.0
-        self._columns: Floats = np.zeros((len(_Columns.__annotations__), len(states)))
-        for name, column in zip(_Columns.__annotations__, self._columns, strict=True):
-            setattr(self, name, column)
+        self.columns: FloatRows = np.zeros((len(Column), len(states)))
+        self.columns[Column.BATCH_TOKENS] = [state.description.max_batch_tokens for state in states]
         for position, state in enumerate(states):
             self._write(state, position)
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def __getitem__(self, column: Column) -> Floats:
+        numbers: Floats = self.columns[column]
+        return numbers
 
     @property
     def typical_model(self) -> StepModel:
@@ -108,10 +109,6 @@ class Pool(_Columns):
         """By position: whether it is one of these."""
         wanted = frozenset(worker_ids)
         return np.array([state.worker_id in wanted for state in self._states], np.bool_)
-
-    def holding(self, num_tokens: int) -> Bools | None:
-        """By position: whether so many tokens and one more can be a sequence there; None: everywhere."""
-        return None if num_tokens < self.least_max_len else self.max_len > num_tokens
 
     def refresh(self, state: WorkerState) -> bool:
         """False: the pool must be built anew, as this one has come or gone, or has just learned its speed and others
@@ -134,7 +131,7 @@ class Pool(_Columns):
         transfer_token_s = state.transfer_token_s or _TRANSFER_PART * token_s
         wait_s = row.queue_s
         if row.num_waiting_tokens:
-            num_steps = math.ceil(row.num_waiting_tokens / self.batch_tokens[position])
+            num_steps = math.ceil(row.num_waiting_tokens / self.columns[Column.BATCH_TOKENS, position])
             wait_s += num_steps * base_s + token_s * row.num_waiting_tokens + pair_s * row.num_waiting_pairs
         used = row.num_blocks - row.num_free_blocks
         seq_tokens = used * row.block_size / max(1, row.num_seqs)
@@ -145,8 +142,8 @@ class Pool(_Columns):
         free_part = row.num_free_blocks / num_blocks
         pressure = row.num_seqs * (1 - free_part)
         decoding_s = row.num_running * (newcomer_s + model.kv_token_s * seq_tokens)
-        self.total_seqs += row.num_seqs - float(self.num_seqs[position])
-        self._columns[:, position] = (
+        self.total_seqs += row.num_seqs - float(self.columns[Column.NUM_SEQS, position])
+        self.columns[1:, position] = (
             row.block_size,
             row.num_blocks,
             row.num_seqs,
@@ -188,14 +185,6 @@ class WorkerTable:
         self._slots: dict[WorkerState, int] = {}
         self._rebuild()
 
-    def wait_s(self, pool: Pool) -> Floats:
-        """Until a prompt like this one would begin. A step that is under way ends first: half of one."""
-        if self.part_ahead is None:
-            return pool.wait_s
-        step_s = pool.base_s + pool.prefill_token_s * pool.batch_tokens
-        waits: Floats = np.maximum(self.part_ahead[pool.rows] * pool.wait_s, np.minimum(0.5 * step_s, pool.wait_s))
-        return waits
-
     def add(self, state: WorkerState, slot: int) -> None:
         """Also when a worker's slot in the prefix index is another one now."""
         self._slots[state] = slot
@@ -222,7 +211,9 @@ class WorkerTable:
         self.prefill = self._pool(PREFILL, fingerprints)
         self.decode = self._pool(DECODE, fingerprints, self.prefill)
         self.num_fingerprints = len(fingerprints)
-        self.block_sizes = tuple(sorted({int(size) for size in (*self.prefill.block_size, *self.decode.block_size)}))
+        self.block_sizes = tuple(
+            sorted({int(size) for pool in (self.prefill, self.decode) for size in pool[Column.BLOCK_SIZE]})
+        )
         self._changed = False
 
     def _pool(self, role: str, fingerprints: dict[str, int], prefillers: Pool | None = None) -> Pool:

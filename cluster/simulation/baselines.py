@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router.costs import PrefillLoad, cheapest, prefill_cost
+from router.compiled import Floats
+from router.costs import cheapest, prefill_cost
 from router.policies import RequestFacts, RoutingDecision, decision, partners, with_room
-from router.worker_table import Floats, Pool, WorkerTable
+from router.worker_table import Column, Pool, WorkerTable
 
 
 def prefillers(table: WorkerTable) -> Pool:
@@ -45,7 +46,7 @@ class PrefixOnly:
     def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool = prefillers(table)
         # Where one pool does both, a sequence more must not outweigh a cached token.
-        fewest = table.decode.num_seqs / (1.0 + table.decode.num_seqs.max())
+        fewest = table.decode[Column.NUM_SEQS] / (1.0 + table.decode[Column.NUM_SEQS].max())
         return _place(facts, hits, table, -hits[pool.rows], fewest, "longest prefix")
 
 
@@ -66,15 +67,15 @@ class CacheAware:
     def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool = prefillers(table)
         # With one pool, its choice is made once, by the rule.
-        decode_costs = table.decode.num_seqs if pool is table.prefill else np.zeros(len(pool))
+        decode_costs = table.decode[Column.NUM_SEQS] if pool is table.prefill else np.zeros(len(pool))
         return _place(facts, hits, table, self._costs(facts, hits, pool), decode_costs, "cache aware")
 
     def _costs(self, facts: RequestFacts, hits: Floats, pool: Pool) -> Floats:
-        most, least = float(pool.num_seqs.max()), float(pool.num_seqs.min())
+        most, least = float(pool[Column.NUM_SEQS].max()), float(pool[Column.NUM_SEQS].min())
         if most - least > self.balance_abs_threshold and most > self.balance_rel_threshold * least:
-            return pool.num_seqs
+            return pool[Column.NUM_SEQS]
         matched = hits[pool.rows]
-        return -matched if matched.max() > self.cache_threshold * facts.num_tokens else pool.num_seqs
+        return -matched if matched.max() > self.cache_threshold * facts.num_tokens else pool[Column.NUM_SEQS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,14 @@ class BlockCost:
 
     def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool, decode = prefillers(table), table.decode
-        on_their_way = pool.wait_s / np.maximum(pool.prefill_token_s + pool.base_s / pool.batch_tokens, 1e-9)
+        on_their_way = pool[Column.WAIT_S] / np.maximum(
+            pool[Column.PREFILL_TOKEN_S] + pool[Column.BASE_S] / pool[Column.BATCH_TOKENS], 1e-9
+        )
         uncached = np.maximum(1.0, facts.num_tokens - hits[pool.rows])
-        prefill_blocks = self.prefill_load_scale * (on_their_way + uncached) / pool.block_size
-        return _place(facts, hits, table, prefill_blocks, decode.num_blocks - decode.num_free_blocks, "blocks")
+        prefill_blocks = self.prefill_load_scale * (on_their_way + uncached) / pool[Column.BLOCK_SIZE]
+        return _place(
+            facts, hits, table, prefill_blocks, decode[Column.NUM_BLOCKS] - decode[Column.NUM_FREE_BLOCKS], "blocks"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,13 @@ class MinimumTtft:
     def choose(self, facts: RequestFacts, hits: Floats, table: WorkerTable) -> RoutingDecision | None:
         pool, decode = prefillers(table), table.decode
         uncached = np.maximum(1.0, facts.num_tokens - hits[pool.rows])
-        ttft = prefill_cost(facts.num_tokens, uncached, pool, PrefillLoad(0.0, 0.0)).first
-        kv_tokens = (decode.num_blocks - decode.num_free_blocks) * decode.block_size + facts.num_tokens
-        tpot = decode.base_s + decode.decode_s * (decode.num_seqs + 1) + decode.kv_token_s * kv_tokens
+        _, ttft = prefill_cost(pool.columns, float(facts.num_tokens), uncached, pool[Column.WAIT_S])
+        kv_tokens = (decode[Column.NUM_BLOCKS] - decode[Column.NUM_FREE_BLOCKS]) * decode[
+            Column.BLOCK_SIZE
+        ] + facts.num_tokens
+        tpot = (
+            decode[Column.BASE_S]
+            + decode[Column.DECODE_S] * (decode[Column.NUM_SEQS] + 1)
+            + decode[Column.KV_TOKEN_S] * kv_tokens
+        )
         return _place(facts, hits, table, ttft, tpot, "minimum TTFT")

@@ -4,30 +4,26 @@ import numpy as np
 import pytest
 
 from engine.step_model import StepWork, num_pairs
-from router.cluster_view import Reservation
-from router.costs import PrefillLoad, decode_cost, prefill_cost
+from router.cluster_view import Reservation, WorkerState
+from router.costs import decode_cost, prefill_cost, work_price
 from router.demand import Rate
 from router.policies import PrefixAware
 from tests.router.dispatch.workers import MODEL, choose, facts, view, worker
 
-IDLE = PrefillLoad(0.0, 0.0)
-
 
 def test_work_is_what_the_workers_model_says_of_the_rest_of_the_prompt():
     attentive = dataclasses.replace(MODEL, pair_s=2.0**-20)
-    pool = view(worker("p0", model=attentive), worker("p1", model=attentive, queue_s=2.0)).prefill
-    cost = prefill_cost(1000, np.array([1000, 200]), pool, IDLE)
+    pool = view(worker("p0", model=attentive), worker("p1", model=attentive)).prefill
+    work, first = prefill_cost(pool.columns, 1000.0, np.array([1000.0, 200.0]), np.array([0.0, 2.0]))
     expected = [attentive.seconds(StepWork(num, num_pairs(num, past))) for num, past in ((1000, 0), (200, 800))]
-    assert cost.work == pytest.approx(expected, rel=1e-6)
-    assert cost.first == pytest.approx([expected[0], 2.0 + expected[1]], rel=1e-6)
-    assert cost.others.tolist() == [0.0, 0.0]
+    assert work == pytest.approx(expected, rel=1e-6)
+    assert first == pytest.approx([expected[0], 2.0 + expected[1]], rel=1e-6)
 
 
 def test_work_costs_others_the_more_the_fuller_the_pool():
     def others(least_queue: float, requests_per_s: float, busy: float) -> float:
         pool = view(worker("p0", queue_s=3.0), worker("p1", queue_s=least_queue)).prefill
-        uncached = np.array([990, 990])  # 1 s
-        return float(prefill_cost(1000, uncached, pool, PrefillLoad(requests_per_s, busy)).others[0])
+        return work_price(pool.columns, requests_per_s, busy)
 
     assert others(0.0, 0.0, 0.0) == 0.0
     assert others(0.0, 2.0, 0.8) == pytest.approx(0.8, rel=1e-5)  # somebody is idle: nobody has to wait for it
@@ -52,27 +48,33 @@ def test_a_second_of_work_is_dearer_than_a_second_of_waiting_where_the_pool_is_f
     assert pick(table(0.0)) == "p1"
 
 
+def answer(state: WorkerState, needed: float, after: float, mean_output: float) -> tuple[float, float, float]:
+    """Step, answers and waits, for a request of 1,000 tokens and 100 to come."""
+    columns = view(state).decode.columns
+    step, answers, waits = decode_cost(columns, 1000.0, 100.0, mean_output, np.array([needed]), np.array([after]))
+    return float(step[0]), float(answers[0]), float(waits[0])
+
+
 def test_a_step_of_a_decode_worker_is_predicted_for_the_end_of_prefill():
-    pool = view(worker("d0", num_seqs=40), worker("d1")).decode
-    needed = np.zeros(2)
-    now = decode_cost(1000, 100, needed, pool, 0.0, 1000.0)
-    assert now.step == pytest.approx([0.01 + 0.041, 0.01 + 0.001], rel=1e-5)
-    later = decode_cost(1000, 100, needed, pool, 50.0, 1000.0)  # 1,000 steps of 50 ms: 1/e are left
-    assert later.step == pytest.approx([0.01 + 0.001 * (40 / np.e + 1), 0.011], rel=1e-4)
+    busy = worker("d0", num_seqs=40)
+    assert answer(busy, 0.0, 0.0, 1000.0)[0] == pytest.approx(0.01 + 0.041, rel=1e-5)
+    assert answer(worker("d1"), 0.0, 0.0, 1000.0)[0] == pytest.approx(0.01 + 0.001, rel=1e-5)
+    later = answer(busy, 0.0, 50.0, 1000.0)  # 1,000 steps of 50 ms: 1/e are left
+    assert later[0] == pytest.approx(0.01 + 0.001 * (40 / np.e + 1), rel=1e-4)
 
 
 def test_sequences_on_their_way_are_there_by_then():
     decode = worker("d0", num_seqs=10)
     for handle in range(5):
         decode.reserve(handle, Reservation(blocks=10))
-    pool = view(decode).decode
-    assert decode_cost(1000, 100, np.zeros(1), pool, 1e9, 1000.0).step == pytest.approx([0.01 + 0.006], rel=1e-5)
+    assert answer(decode, 0.0, 1e9, 1000.0)[0] == pytest.approx(0.01 + 0.006, rel=1e-5)
 
 
 def test_a_newcomer_pays_for_its_own_steps_and_for_those_of_others():
-    pool = view(worker("d0", num_seqs=40), worker("d1")).decode
-    answers = decode_cost(1000, 100, np.zeros(2), pool, 0.0, 500.0).answers
-    assert answers == pytest.approx([100 * 0.051 + 40 * 0.001 * 500, 100 * 0.011], rel=1e-5)
+    assert answer(worker("d0", num_seqs=40), 0.0, 0.0, 500.0)[1] == pytest.approx(
+        100 * 0.051 + 40 * 0.001 * 500, rel=1e-5
+    )
+    assert answer(worker("d1"), 0.0, 0.0, 500.0)[1] == pytest.approx(100 * 0.011, rel=1e-5)
 
 
 @pytest.mark.parametrize("num_steps", [100, 400])
@@ -80,37 +82,35 @@ def test_every_token_of_kv_takes_its_part_of_a_step(num_steps):
     """Of 20 sequences of 500 tokens, and half of the newcomer's answer; who has ended by then has not grown further."""
     kv_s = 2.0**-20
     heavy = dataclasses.replace(MODEL, kv_token_s=kv_s)
-    pool = view(worker("d0", model=heavy, num_seqs=20, num_free_blocks=375)).decode
     after = num_steps * (0.01 + 20 * (0.001 + 500 * kv_s))
-    cost = decode_cost(1000, 100, np.zeros(1), pool, after, 200.0)
+    step, answers, _ = answer(worker("d0", model=heavy, num_seqs=20, num_free_blocks=375), 0.0, after, 200.0)
     num_seqs = 20 * np.exp(-num_steps / 200)
     growth = 0.001 + kv_s * (1000 + 100 / 2)
-    step = 0.01 + num_seqs * (0.001 + kv_s * (500 + min(num_steps, 200))) + growth
-    assert cost.step == pytest.approx([step], rel=1e-5)
-    assert cost.answers == pytest.approx([100 * step + num_seqs * growth * 200], rel=1e-5)
+    expected = 0.01 + num_seqs * (0.001 + kv_s * (500 + min(num_steps, 200))) + growth
+    assert step == pytest.approx(expected, rel=1e-5)
+    assert answers == pytest.approx(100 * expected + num_seqs * growth * 200, rel=1e-5)
 
 
 def test_memory_that_is_not_free_by_then_is_waited_for():
     """500 tokens each of 20 sequences, of 16,000 in all."""
-    pool = view(worker("d0", num_seqs=20, num_free_blocks=375)).decode
-    fits = decode_cost(1000, 100, np.array([375.0]), pool, 0.0, 100.0)
-    lacks = decode_cost(1000, 100, np.array([475.0]), pool, 0.0, 100.0)
-    freed_per_s = 20 * 500 / (100 * fits.step[0])
-    others = 0.1 * 100 * fits.step[0] * 20 * 0.625 / 0.05  # a tenth more of the memory, of which nothing is left
-    assert lacks.waits[0] - fits.waits[0] == pytest.approx(1600 / freed_per_s + others, rel=1e-5)
-    empty = view(worker("d0")).decode
-    too_much = decode_cost(1000, 100, np.array([3000.0]), empty, 0.0, 100.0)
-    assert too_much.waits == pytest.approx([16_000 * 100 * 0.011], rel=1e-5)  # more than all never comes back
+    state = worker("d0", num_seqs=20, num_free_blocks=375)
+    step, _, fits = answer(state, 375.0, 0.0, 100.0)
+    _, _, lacks = answer(state, 475.0, 0.0, 100.0)
+    freed_per_s = 20 * 500 / (100 * step)
+    others = 0.1 * 100 * step * 20 * 0.625 / 0.05  # a tenth more of the memory, of which nothing is left
+    assert lacks - fits == pytest.approx(1600 / freed_per_s + others, rel=1e-5)
+    _, _, too_much = answer(worker("d0"), 3000.0, 0.0, 100.0)
+    assert too_much == pytest.approx(16_000 * 100 * 0.011, rel=1e-5)  # more than all never comes back
 
 
 def test_memory_costs_others_the_more_the_fuller_it_is():
     """1,000 blocks, of which the request takes 100 for 100 steps."""
 
     def others(num_free_blocks: int, num_seqs: int = 10) -> float:
-        pool = view(worker("d0", num_seqs=num_seqs, num_free_blocks=num_free_blocks)).decode
-        free, taken = (decode_cost(1000, 100, np.array([each]), pool, 0.0, 100.0) for each in (0.0, 100.0))
-        assert free.step == taken.step
-        return float((taken.waits - free.waits)[0] / (0.1 * 100 * free.step[0]))
+        state = worker("d0", num_seqs=num_seqs, num_free_blocks=num_free_blocks)
+        free, taken = (answer(state, needed, 0.0, 100.0) for needed in (0.0, 100.0))
+        assert free[0] == taken[0]
+        return (taken[2] - free[2]) / (0.1 * 100 * free[0])
 
     assert others(1000) == 0.0  # nothing is taken: nobody waits
     assert others(600) == pytest.approx(10 * 0.4 / 0.5, rel=1e-5)

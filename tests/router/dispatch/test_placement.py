@@ -14,6 +14,7 @@ from router.cluster_view import Reservation
 from router.placement import Placed, PlacementConfig, Refused
 from router.policies import RequestFacts, RoundRobin
 from router.prefix_index import Hashes
+from router.worker_table import Column
 from tests.router.dispatch.workers import BLOCK, FAST_MODEL, Cluster, Prompt
 
 
@@ -361,7 +362,7 @@ def test_a_worker_that_learns_its_speed_first_says_it_of_the_others():
     it.place()
     it.report("p0")
     it.place()
-    assert it.placement._table.prefill.prefill_token_s == pytest.approx([1e-4, 1e-4])
+    assert it.placement._table.prefill[Column.PREFILL_TOKEN_S] == pytest.approx([1e-4, 1e-4])
 
 
 def test_what_a_decode_worker_holds_is_not_pulled():

@@ -10,6 +10,7 @@ from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.cluster_view import Reservation
 from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingDecision
+from router.worker_table import Column
 from tests.router.dispatch.workers import MODEL, TOKEN_S, attached, choose, facts, view, worker
 
 # Longer prompts go to the prefill workers; where that is not what a test is about.
@@ -329,16 +330,16 @@ def test_what_a_transfer_does_not_hide_behind_costs_as_long():
 
 
 def test_a_worker_that_has_pulled_nothing_is_taken_to_need_a_tenth_of_the_time_to_compute_a_token():
-    assert view(worker("d0")).decode.transfer_token_s[0] == pytest.approx(0.1 * TOKEN_S, rel=1e-6)
+    assert view(worker("d0")).decode[Column.TRANSFER_TOKEN_S][0] == pytest.approx(0.1 * TOKEN_S, rel=1e-6)
 
 
 def test_tokens_to_pull_count_from_the_decision_on():
     state = worker("d0", transfer_token_s=0.25, num_pull_tokens=8)
-    assert view(state).decode.pull_wait_s[0] == 2.0
+    assert view(state).decode[Column.PULL_WAIT_S][0] == 2.0
     state.reserve(1, Reservation(pull_tokens=4))
-    assert view(state).decode.pull_wait_s[0] == 3.0
+    assert view(state).decode[Column.PULL_WAIT_S][0] == 3.0
     state.counted(1)
-    assert view(state).decode.pull_wait_s[0] == 2.0
+    assert view(state).decode[Column.PULL_WAIT_S][0] == 2.0
 
 
 def test_a_burst_between_two_reports_spreads_over_the_workers():

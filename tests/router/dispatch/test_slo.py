@@ -7,7 +7,7 @@ import pytest
 
 from router.cluster_view import Reservation
 from router.policies import PrefixAware, Reject, RequestFacts, RoutingDecision
-from router.worker_table import WorkerTable
+from router.worker_table import Column, WorkerTable
 from tests.router.dispatch.workers import MODEL, choose, facts, view, worker
 
 
@@ -93,7 +93,9 @@ class Naive:
 
     def admits(self, table: WorkerTable, asked: RequestFacts) -> bool:
         pool = table.decode
-        return bool(pool.base_s[0] + pool.decode_s[0] * (pool.num_running[0] + 1) <= asked.tpot_s)
+        return bool(
+            pool[Column.BASE_S][0] + pool[Column.DECODE_S][0] * (pool[Column.NUM_RUNNING][0] + 1) <= asked.tpot_s
+        )
 
 
 class Predicting:

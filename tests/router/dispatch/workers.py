@@ -75,7 +75,7 @@ def choose(
     policy: RoutingPolicy, facts: RequestFacts, hits: dict[str, int], table: WorkerTable, turn: int = 0
 ) -> RoutingDecision | None:
     table.turn = turn
-    by_slot = np.zeros(len(table.prefill) + len(table.decode), np.intp)
+    by_slot = np.zeros(len(table.prefill) + len(table.decode), np.float64)
     for pool in (table.prefill, table.decode):
         for position in range(len(pool)):
             by_slot[pool.rows[position]] = hits.get(pool.worker_id(position), 0)
