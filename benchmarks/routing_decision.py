@@ -17,11 +17,11 @@ import numpy as np
 
 from benchmarks._arguments import positive
 from protos import worker_pb2 as pb
+from router.block_table import Hashes
 from router.cluster_view import DECODE, PREFILL, WorkerState
 from router.compiled import Floats
 from router.placement import Placed, Placement, PlacementConfig
 from router.policies import PrefixAware, RequestFacts
-from router.prefix_index import Hashes
 from router.worker_table import WorkerTable
 
 BLOCK_SIZE = 16

@@ -20,10 +20,10 @@ from engine.request import FinishReason, Request
 from engine.wire import submit_to_pb
 from protos import worker_pb2 as pb
 from router.attempt import Attempt
+from router.block_table import Hashes
 from router.generation import DeadlineExceeded, GenerationFailed, RouteHints
 from router.placement import Placed
 from router.policies import RequestFacts
-from router.prefix_index import Hashes
 from router.session import WorkerSession
 from router.stream import TokenStream
 

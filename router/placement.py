@@ -16,12 +16,13 @@ from engine.kv.block_hash import sampled
 from protos import worker_pb2 as pb
 from router.admission import Admission, AdmissionConfig
 from router.affinity import Affinity, Turn
+from router.block_table import Hashes
 from router.cluster_view import Reservation, WorkerState
 from router.coming_prefixes import ComingPrefixes, ComingPrompt
 from router.compiled import Floats
 from router.fairness import cost_of
 from router.policies import LATE, Reject, RequestFacts, RoutingDecision, RoutingPolicy
-from router.prefix_index import Hashes, PrefixIndex
+from router.prefix_index import PrefixIndex
 from router.queue_shares import QueuedPrompt, QueueShares
 from router.worker_table import WorkerTable
 

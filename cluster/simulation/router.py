@@ -16,10 +16,10 @@ from cluster.simulation.sequence import SimulatedRequest, simulated_request
 from cluster.simulation.trace import NO_HINTS, Hints, TraceRequest
 from cluster.simulation.worker import Client, Frame, Said, SimulatedWorker
 from protos import worker_pb2 as pb
+from router.block_table import Hashes
 from router.cluster_view import DECODE, WorkerState
 from router.placement import Placed, Placement, Refused
 from router.policies import RequestFacts
-from router.prefix_index import Hashes
 
 MAX_FRUITLESS = 8  # attempts without a new token, as router.flight.RetryConfig
 

@@ -21,8 +21,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 import numpy as np
 
+from router.block_table import Hashes
 from router.params import PRIORITIES
-from router.prefix_index import Hashes
 
 TRACE_BLOCK = 512  # tokens a hash id stands for
 WINDOW_S = 3.0  # Mooncake's clock ticks so; arrivals are drawn anew within windows of this length

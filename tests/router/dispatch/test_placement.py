@@ -10,10 +10,10 @@ from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.admission import AdmissionConfig
 from router.affinity import Affinity, Turn
+from router.block_table import Hashes
 from router.cluster_view import Reservation
 from router.placement import Placed, PlacementConfig, Refused
 from router.policies import RequestFacts, RoundRobin
-from router.prefix_index import Hashes
 from router.worker_table import Column
 from tests.router.dispatch.workers import BLOCK, FAST_MODEL, Cluster, Prompt
 

@@ -3,7 +3,8 @@ import random
 import numpy as np
 import pytest
 
-from router.prefix_index import PrefixIndex, _place
+from router.block_table import place_of
+from router.prefix_index import PrefixIndex
 
 UINT64 = (1 << 64) - 1
 
@@ -118,9 +119,8 @@ def test_blocks_of_the_same_workers_share_one_set() -> None:
     assert len(index._numbers) - len(index._unused) < 300  # of passing ones there are no more than there were at once
 
 
-def test_forgotten_changes_and_reused_numbers_of_sets_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgotten_changes_and_reused_numbers_of_sets_change_no_answer() -> None:
     index, held = PrefixIndex(), {}
-    monkeypatch.setattr(index, "_changes", np.zeros((1 << 15, 2), np.uint64)[:])
     rng, blocks = random.Random(0), list(range(1, 41))
     for _ in range(80):
         slot = index.open()
@@ -230,7 +230,9 @@ def test_a_long_match_takes_few_probes() -> None:
     assert matched(index, hashes) == {0: 4096, 1: 1000}
     kept, looked_at = index._table.copy(), 0
     for block in hashes:
-        index._table[_place(index._table, np.uint64(block)), 1] = index._alone[1] + 1  # a set that stands nowhere else
+        index._table[place_of(index._table, np.uint64(block)), 1] = (
+            index._alone[1] + 1
+        )  # a set that stands nowhere else
         looked_at += matched(index, hashes) != {0: 4096, 1: 1000}
         index._table[:] = kept
     assert 0 < looked_at < 30

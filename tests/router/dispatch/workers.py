@@ -9,10 +9,10 @@ import numpy as np
 from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
+from router.block_table import Hashes
 from router.cluster_view import WorkerState
 from router.placement import Placed, Placement, PlacementConfig, Refused
 from router.policies import PrefixAware, RequestFacts, RoutingDecision, RoutingPolicy
-from router.prefix_index import Hashes
 from router.worker_table import WorkerTable
 from tests.fakes import FakeClock
 
