@@ -37,7 +37,7 @@ READY_INTERVAL_S = 0.1
 ATTACH_S = 10.0  # for the router to attach all workers, once all have joined
 SPEC_NAME = "spec-in-effect.yaml"
 PROGRAM = (sys.executable, "-m", "baton")
-# glibc's malloc then asks for huge pages: to a prefix index of 10 M blocks they are worth a third of its time.
+# glibc's malloc then asks for huge pages: to a prefix index of 10 M blocks they are worth a tenth of its time.
 ROUTER_ENVIRON = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
