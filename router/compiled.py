@@ -1,9 +1,11 @@
 """Functions that Numba compiles to machine code: loops over arrays that decide what a request costs the router.
 
 They are compiled when their module is loaded, for the types that they are annotated with, and kept beside it or in the
-user's cache, so only the first start after an installation pays for it.
+user's cache, so only the first start after an installation pays for it. What is kept is compiled anew when its file
+changes, and only then: a compiled function uses constants and functions of its own file alone.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -11,6 +13,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numba import types
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -31,9 +35,10 @@ def compiled(function: F) -> F:
     signature = returned(*map(_type, hints.values()))
     try:
         return cast("F", numba.njit(signature, cache=True, error_model="numpy")(function))
-    except RuntimeError as error:  # neither place can be written to
+    except RuntimeError as error:
         if "no locator" not in str(error):
             raise
+        log.warning("no place to keep %s, each start compiles it: %s", function.__name__, error)
     return cast("F", numba.njit(signature, error_model="numpy")(function))
 
 

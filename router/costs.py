@@ -5,19 +5,21 @@ no branches where that can be helped, so that they become vector instructions.
 """
 
 import math
+from enum import IntEnum
 from typing import Annotated, NamedTuple
 
 import numba
 import numpy as np
 
 from router.compiled import Bools, FloatRows, Floats, Ints, compiled, inlined
-from router.worker_table import MIN_FREE, Column
 
 # What a handoff costs before anything moves, as prompt tokens that could be computed meanwhile: one more hop and the
 # setup of a transfer.
 HANDOFF_TOKENS = 64
 
 LINK_PRICE = 0.1  # of the time that a transfer takes from others
+
+MIN_FREE = 0.05  # of a worker's memory, which is divided by
 
 # How far a queue is taken to be from never emptying, at least; else one second of work would seem to delay all others.
 _MIN_SLACK = 0.1
@@ -32,6 +34,37 @@ CHEAPER_HERE = -1
 NO_PARTNER = -2
 
 _DELAYED, _FIRST, _WAIT, _SETUP, _WORK = range(5)  # of a handoff, in seconds; see `_handoffs`
+
+
+class Column(IntEnum):
+    """One number for each worker: its limit, what it reports, its StepModel, and what follows from both."""
+
+    BATCH_TOKENS = 0  # of a step
+    BLOCK_SIZE = 1
+    NUM_BLOCKS = 2
+    NUM_SEQS = 3
+    NUM_RUNNING = 4
+    NUM_FREE_BLOCKS = 5
+    BASE_S = 6
+    PREFILL_TOKEN_S = 7
+    PAIR_S = 8
+    DECODE_S = 9
+    KV_TOKEN_S = 10
+    WAIT_S = 11  # until a prompt that comes now would begin
+    OCCUPANCY = 12  # sequences, or as many as the used memory stands for if that is more
+    NUM_TOKENS = 13  # that its blocks hold
+    SEQ_TOKENS = 14  # of KV that a sequence has, on average
+    NEWCOMER_S = 15  # that one more sequence adds to a step, before its KV
+    STEP_S = 16  # a decode step now
+    TRANSFER_TOKEN_S = 17  # of its link, for each token of KV that comes
+    PULL_WAIT_S = 18  # until what is on its way has come
+    ROOM = 19  # blocks a newcomer may take: none at the limit of sequences, any when idle
+    NUM_COMING = 20  # sequences that do not run yet
+    BLOCK_PART = 21  # one block's of its memory
+    FREE_PART = 22  # of its memory
+    PRESSURE = 23  # sequences, times the part of its memory that is taken
+    STALL_PRICE = 24  # seconds that others wait for memory longer, for each in which it decodes nothing
+    BESIDE_S = 25  # what decodes in a step beside a prompt takes of it
 
 
 class Question(NamedTuple):
@@ -251,7 +284,7 @@ def best_route(
     for i in range(num_workers):
         needed[i] = np.ceil((question.num_reserved_tokens - hits[slots[i]]) / block_size[i])
     able, num_able = _with_room(decode, max_lens, needed, failed_decoders, question.num_tokens)
-    if num_able == 0 and question.left_s == math.inf:
+    if num_workers == 0 or (num_able == 0 and question.left_s == math.inf):
         return NO_ROOM, NO_PARTNER, 0.0, 0.0, 0.0
     partners, handoffs = _handoffs(
         prefill, prefillers, num_fingerprints, hits, part_ahead, failed_prefillers, turn, question

@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 
 from router.compiled import Bools, Floats
-from router.costs import CHEAPER_HERE, NO_PARTNER, NO_ROOM, NOBODY_IN_TIME, Question, best_route, cheapest
+from router.costs import CHEAPER_HERE, NO_PARTNER, NO_ROOM, NOBODY_IN_TIME, Column, Question, best_route, cheapest
 from router.demand import PrefillDemand
-from router.worker_table import Column, Pool, WorkerTable
+from router.worker_table import Pool, WorkerTable
 
 # Output tokens for which a decode worker must have room before it gets a request. Reserving all of max_tokens
 # would leave most memory idle, since most answers end early; a worker preempts when the guess was too low.

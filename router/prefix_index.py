@@ -102,7 +102,7 @@ class PrefixIndex:
         self._uses[self._alone[slot]] -= 1
         self._num_blocks[slot] = 0
         self._closed.append(slot)
-        self._step(0)
+        self._step(_MIN_STEP)
 
     def apply(self, slot: int, stored: Sequence[int] | Hashes, removed: Sequence[int] | Hashes = ()) -> None:
         """One KV event: removed, then stored."""
@@ -113,9 +113,7 @@ class PrefixIndex:
             num_hashes = self._num_hashes + len(stored)
             if num_hashes > _MAX_LOAD * len(self._table):
                 self._move_up_to(len(self._old))
-                if num_hashes > _MAX_LOAD * len(self._fresh):
-                    self._fresh = _table_for(num_hashes)
-                self._rebuild()
+                self._rebuild(num_hashes)
             self._apply(slot, stored, leaves=False)
         self._step(len(stored) + len(removed))
 
@@ -155,14 +153,16 @@ class PrefixIndex:
             self._fresh[self._next_place : end : _PLACES_PER_PAGE] = NOBODY
             self._next_place = end
             if end >= len(self._fresh):
-                self._rebuild()
+                self._rebuild(self._num_hashes)
         else:
             sparse = len(self._table) > max(_MIN_PLACES, _SPARSE * self._num_hashes)
             if self._closed or sparse or self._num_hashes > _GROW_LOAD * len(self._table):
                 self._fresh, self._next_place = _table_for(self._num_hashes), 0
 
-    def _rebuild(self) -> None:
-        """Begin to."""
+    def _rebuild(self, num_hashes: int) -> None:
+        """Begin to, for so many blocks."""
+        if num_hashes > _MAX_LOAD * len(self._fresh):  # more have come meanwhile, or there was no time
+            self._fresh = _table_for(num_hashes)
         self._old, self._table, self._fresh, self._next_place = self._table, self._fresh, _EMPTY, 0
         self._leaving, self._closed = self._closed, []
         self._forget_changes()  # they may bring closed slots back
@@ -180,6 +180,7 @@ class PrefixIndex:
             for slot in self._leaving:
                 heappush(self._free, slot)
             self._leaving = []
+            self._forget_changes()  # they would take these slots out of sets, which may have them again
 
     def _learn(self, held: np.uint64, code: np.uint64) -> None:
         """What comes of a set by a change, and whether the slot was in it."""

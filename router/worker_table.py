@@ -7,13 +7,13 @@ decision. Who is in a pool changes rarely; then the pool is built anew.
 
 import math
 from collections.abc import Iterable, Sequence
-from enum import IntEnum
 
 import numpy as np
 
 from engine.step_model import StepModel
 from router.cluster_view import DECODE, PREFILL, WorkerState
 from router.compiled import Bools, FloatRows, Floats, Ints
+from router.costs import MIN_FREE, Column
 from router.demand import Demand
 
 # Of an H200 with an 8B model: what workers are taken for until one of them has run some steps.
@@ -23,42 +23,10 @@ REFERENCE = StepModel(base_s=0.0035, prefill_token_s=21e-6, pair_s=1e-9, decode_
 _TRANSFER_PART = 0.1
 
 _MIN_STEP_S = 1e-5  # steps are divided by
-MIN_FREE = 0.05  # likewise, of a worker's memory
 
 # Of a worker's sequences, so many wait for what is given back later when it decodes nothing for a while. With fewer
 # decode workers prefill too much where they are the bottleneck; with more, prompts wait where prefill workers are.
 _WAIT_FOR_STALLED = 0.05
-
-
-class Column(IntEnum):
-    """One number for each worker: its limit, what it reports, its StepModel, and what follows from both."""
-
-    BATCH_TOKENS = 0  # of a step
-    BLOCK_SIZE = 1
-    NUM_BLOCKS = 2
-    NUM_SEQS = 3
-    NUM_RUNNING = 4
-    NUM_FREE_BLOCKS = 5
-    BASE_S = 6
-    PREFILL_TOKEN_S = 7
-    PAIR_S = 8
-    DECODE_S = 9
-    KV_TOKEN_S = 10
-    WAIT_S = 11  # until a prompt that comes now would begin
-    OCCUPANCY = 12  # sequences, or as many as the used memory stands for if that is more
-    NUM_TOKENS = 13  # that its blocks hold
-    SEQ_TOKENS = 14  # of KV that a sequence has, on average
-    NEWCOMER_S = 15  # that one more sequence adds to a step, before its KV
-    STEP_S = 16  # a decode step now
-    TRANSFER_TOKEN_S = 17  # of its link, for each token of KV that comes
-    PULL_WAIT_S = 18  # until what is on its way has come
-    ROOM = 19  # blocks a newcomer may take: none at the limit of sequences, any when idle
-    NUM_COMING = 20  # sequences that do not run yet
-    BLOCK_PART = 21  # one block's of its memory
-    FREE_PART = 22  # of its memory
-    PRESSURE = 23  # sequences, times the part of its memory that is taken
-    STALL_PRICE = 24  # seconds that others wait for memory longer, for each in which it decodes nothing
-    BESIDE_S = 25  # what decodes in a step beside a prompt takes of it
 
 
 class Pool:

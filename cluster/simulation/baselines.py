@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from router.compiled import Floats
-from router.costs import cheapest, prefill_cost
+from router.costs import Column, cheapest, prefill_cost
 from router.policies import RequestFacts, RoutingDecision, decision, partners, with_room
-from router.worker_table import Column, Pool, WorkerTable
+from router.worker_table import Pool, WorkerTable
 
 
 def prefillers(table: WorkerTable) -> Pool:

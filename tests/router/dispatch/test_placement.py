@@ -12,9 +12,9 @@ from router.admission import AdmissionConfig
 from router.affinity import Affinity, Turn
 from router.block_table import Hashes
 from router.cluster_view import Reservation
+from router.costs import Column
 from router.placement import Placed, PlacementConfig, Refused
 from router.policies import RequestFacts, RoundRobin
-from router.worker_table import Column
 from tests.router.dispatch.workers import BLOCK, FAST_MODEL, Cluster, Prompt
 
 

@@ -9,8 +9,8 @@ from engine.step_model import StepModel
 from engine.wire import model_to_pb
 from protos import worker_pb2 as pb
 from router.cluster_view import Reservation
+from router.costs import Column
 from router.policies import LeastLoaded, PrefixAware, RoundRobin, RoutingDecision
-from router.worker_table import Column
 from tests.router.dispatch.workers import MODEL, TOKEN_S, attached, choose, facts, view, worker
 
 # Longer prompts go to the prefill workers; where that is not what a test is about.

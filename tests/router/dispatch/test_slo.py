@@ -6,8 +6,9 @@ from collections import deque
 import pytest
 
 from router.cluster_view import Reservation
+from router.costs import Column
 from router.policies import PrefixAware, Reject, RequestFacts, RoutingDecision
-from router.worker_table import Column, WorkerTable
+from router.worker_table import WorkerTable
 from tests.router.dispatch.workers import MODEL, choose, facts, view, worker
 
 
