@@ -159,7 +159,9 @@ def decode_cost(
 @compiled
 def cheapest(costs: Floats, turn: int) -> int:
     """Position of the least cost; among equals, the next one after `turn`."""
-    least = costs.min()
+    least = math.inf
+    for cost in costs:
+        least = min(least, cost)
     num_ties = 0
     for cost in costs:
         num_ties += cost == least
@@ -189,12 +191,17 @@ def _waits(pool: FloatRows, slots: Ints, part_ahead: Floats) -> Floats:
 @inlined
 def _with_room(pool: FloatRows, max_lens: Ints, needed: Floats, failed: Bools, num_tokens: float) -> tuple[Bools, int]:
     """Who has room, and how many; not those that just failed, unless there is no other."""
-    able: Bools = (needed <= pool[Column.ROOM]) & (max_lens > num_tokens)
-    if len(failed) > 0:
-        rest: Bools = able & ~failed
-        if rest.any():
-            able = rest
-    return able, int(np.count_nonzero(able))
+    room, able = pool[Column.ROOM], np.empty(len(needed), np.bool_)
+    num_able = num_failed = 0
+    for i in range(len(needed)):
+        able[i] = (needed[i] <= room[i]) & (max_lens[i] > num_tokens)
+        num_able += able[i]
+        num_failed += able[i] and len(failed) > 0 and failed[i]
+    if 0 < num_failed < num_able:
+        num_able -= num_failed
+        for i in range(len(needed)):
+            able[i] = able[i] and not failed[i]
+    return able, num_able
 
 
 @inlined
@@ -219,14 +226,15 @@ def _handoffs(
     """By fingerprint: the position of the prefill worker where the prompt costs least; of that one, until the first
     token and of delay to other prompts, when the first token is there, until the prompt begins, to set up a transfer
     (infinite where nobody is in time), and the work."""
-    partners = np.full(num_fingerprints, NO_PARTNER, np.int64)
-    handoffs = np.zeros((num_fingerprints, 5))
-    handoffs[:, _DELAYED] = handoffs[:, _FIRST] = math.inf
+    partners, handoffs = np.empty(num_fingerprints, np.int64), np.zeros((num_fingerprints, 5))
+    for fingerprint in range(num_fingerprints):
+        partners[fingerprint] = NO_PARTNER
+        handoffs[fingerprint, _DELAYED] = handoffs[fingerprint, _FIRST] = math.inf
     slots, fingerprints, max_lens = workers
     price = work_price(pool, question.prefill_rate, question.prefill_busy)
     waits = _waits(pool, slots, part_ahead)
     work, first = prefill_cost(pool, question.num_tokens, _uncached(slots, hits, question), waits)
-    seconds = np.empty_like(first)
+    seconds, mine = np.empty_like(first), np.empty_like(first)
     for i in range(len(seconds)):
         avoided = max_lens[i] <= question.num_tokens or (len(failed) > 0 and failed[i])
         seconds[i] = math.inf if avoided or first[i] > question.left_s else first[i] + work[i] * price
@@ -235,9 +243,8 @@ def _handoffs(
     for fingerprint in range(num_fingerprints):
         if partners[fingerprint] == NO_PARTNER:
             continue
-        mine = seconds
-        if num_fingerprints > 1:
-            mine = np.where(fingerprints == fingerprint, seconds, math.inf)
+        for i in range(len(seconds)):
+            mine[i] = seconds[i] if fingerprints[i] == fingerprint else math.inf
         best = cheapest(mine, turn)
         if mine[best] < math.inf:
             partners[fingerprint] = best
