@@ -79,6 +79,20 @@ def _erase(table: WordRows, place: Word) -> None:
     table[free, 1] = NOBODY
 
 
+@inlined
+def _locate(table: WordRows, old: WordRows, block_hash: Word) -> tuple[Word, Word, Word, bool]:
+    """Where the block is or would be in the table, and in the old one; its set; whether it is still in the old one."""
+    place = place_of(table, block_hash)
+    held, old_place = table[place, 1], NOBODY
+    if held == NOBODY and len(old) != 0:
+        old_place = place_of(old, block_hash)
+        held = old[old_place, 1]
+        if held != NOBODY and held != MOVED:
+            return place, old_place, held, True
+        held = NOBODY
+    return place, old_place, held, False
+
+
 @compiled
 def store(
     table: WordRows,
@@ -97,15 +111,7 @@ def store(
     position = start
     while position < len(hashes):
         block_hash = hashes[position]
-        place = place_of(table, block_hash)
-        held, old_place = table[place, 1], NOBODY
-        from_old = held == NOBODY and len(old) != 0
-        if from_old:
-            old_place = place_of(old, block_hash)
-            held = old[old_place, 1]
-            from_old = held != NOBODY and held != MOVED
-            if not from_old:
-                held = NOBODY
+        place, old_place, held, from_old = _locate(table, old, block_hash)
         if held == NOBODY:
             table[place, 0], table[place, 1] = block_hash, alone
             uses[alone] += 1
@@ -142,14 +148,7 @@ def remove(
     position = start
     while position < len(hashes):
         block_hash = hashes[position]
-        place = place_of(table, block_hash)
-        held, old_place = table[place, 1], NOBODY
-        from_old = held == NOBODY and len(old) != 0
-        if from_old:
-            old_place = place_of(old, block_hash)
-            held = old[old_place, 1]
-            if held == MOVED:
-                held = NOBODY
+        place, old_place, held, from_old = _locate(table, old, block_hash)
         if held != NOBODY:
             if held != seen:
                 change = _change_of(changes, held, code)
