@@ -1,12 +1,14 @@
 """Which router asked for which request, and the frame being composed for each router.
 
 Owned by a worker's engine thread, one per worker, the same in both roles. A request is known from `admit` until
-`forget`; everything said about it between two `flush` calls travels in one frame of its session.
+`forget`; everything said about it between two `flush` calls travels in one frame of its session. A router to which
+nothing is said hears of the worker's load and blocks now and then: see engine.backlog.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from engine.backlog import Backlog
 from engine.engine import TokenOutput
 from engine.errors import InvalidRequest
 from engine.kv.cache import KvCache
@@ -31,6 +33,9 @@ class Client:
 @dataclass(slots=True)
 class _Draft:
     fresh: bool = True  # nothing sent yet: the next frame describes the worker
+    next_event: int = 0  # number of the next KV event it hears of
+    num_submits: int = 0  # that were taken
+    backlog: Backlog = field(default_factory=Backlog)
     outputs: dict[int, pb.Output] = field(default_factory=dict)  # by handle
     tokens: list[LoneToken] = field(default_factory=list)  # said before `outputs`
 
@@ -70,7 +75,10 @@ class Clients:
 
     def admit(self, session: SessionId, message: pb.Submit) -> Client | None:
         """Know a new request. None when its session has ended or its handle is taken (a router bug, refused)."""
-        if session not in self._drafts or (session, message.handle) in self._by_handle:
+        if session not in self._drafts:
+            return None
+        self._drafts[session].num_submits += 1
+        if (session, message.handle) in self._by_handle:
             return None
         request_id = RequestId(f"{message.request_id}/{session}.{message.handle}")
         now = self._clock()
@@ -136,35 +144,45 @@ class Clients:
         self.output(request_id).error.CopyFrom(error)
         self.forget(request_id)
 
-    def flush(self, load: pb.Load, kv: KvCache, events_since: float) -> None:
-        """Send every session one frame with what was said since the last flush. Nothing new, nothing sent.
+    def flush(
+        self, load: pb.Load, kv: KvCache, events_since: float, *, changed: bool, step_ends: float | None = None
+    ) -> None:
+        """Send each session whose time it is one frame with what it has not heard yet.
 
-        `events_since`: when the first of the cache's undrained events happened.
+        `events_since`: when the first of the cache's undrained events happened. `changed`: the worker has taken
+        something, or run. `step_ends`: of the step that begins, or now where none does; None: only those hear to whom
+        something is said.
         """
-        first_event_number = kv.next_event_number
-        events = kv.drain_events()
-        coming = kv.drain_coming()
+        now = self._clock()
+        events, coming = kv.drain_events(), kv.drain_coming()
         if len(self._drafts) == 1:  # the one router knows what it has sent
             coming.clear()
         frames: dict[SessionId, pb.Frame] = {}
         for session, draft in self._drafts.items():
-            if not (draft.fresh or draft.outputs or draft.tokens or events or coming):
-                continue
-            frame = pb.Frame(load=load, outputs=draft.outputs.values(), coming=coming)
-            if draft.tokens:
-                frame.tokens = lone_tokens_to_bytes(draft.tokens)
-            if draft.fresh:  # the snapshot holds the events drained now, and makes the router exact
-                frame.description.CopyFrom(self._description)
-                frame.kv_snapshot.next_event_number = kv.next_event_number
-                frame.kv_snapshot.hashes.extend(kv.snapshot())
-            elif events:
-                frame.kv_event_number = first_event_number
-                frame.kv_events_us = round(events_since * 1e6)
-                frame.kv_events.extend(
-                    pb.KvEvent(stored=event.stored, removed=event.removed, cleared=event.cleared) for event in events
-                )
-            draft.fresh = False
-            draft.outputs, draft.tokens = {}, []
-            frames[session] = frame
+            if changed or events or coming:
+                draft.backlog.add(events, events_since, coming)
+            is_due = step_ends is not None and draft.backlog.is_due(step_ends)
+            if draft.fresh or draft.outputs or draft.tokens or is_due:
+                frames[session] = self._frame(draft, load, kv, now, reports=step_ends is not None)
         if frames:
             self._deliver(frames)
+
+    def _frame(self, draft: _Draft, load: pb.Load, kv: KvCache, now: float, *, reports: bool) -> pb.Frame:
+        coming = draft.backlog.coming
+        frame = pb.Frame(load=load, outputs=draft.outputs.values(), coming=coming, num_submits=draft.num_submits)
+        if draft.tokens:
+            frame.tokens = lone_tokens_to_bytes(draft.tokens)
+        event = draft.backlog.told(now, reports=reports)
+        if draft.fresh:  # the snapshot holds the events drained until now, and makes the router exact
+            draft.next_event = kv.next_event_number
+            frame.description.CopyFrom(self._description)
+            frame.kv_snapshot.next_event_number = draft.next_event
+            frame.kv_snapshot.hashes.extend(kv.snapshot())
+        elif event is not None:
+            frame.kv_event_number = draft.next_event
+            frame.kv_events_us = round(draft.backlog.since * 1e6)
+            frame.kv_events.append(pb.KvEvent(stored=event.stored, removed=event.removed, cleared=event.cleared))
+            draft.next_event += 1
+        draft.fresh = False
+        draft.outputs, draft.tokens = {}, []
+        return frame

@@ -9,12 +9,14 @@ progress; the engine, the clients and the role are touched by its thread only. O
 for `current_load`, and call `stop`.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event
 from typing import Generic, Protocol, TypeVar
 
+from engine.backlog import REPORT_S
 from engine.clients import Client, Clients
 from engine.engine import Engine, Scheduled, TokenOutput
 from engine.errors import InvalidRequest
@@ -25,7 +27,7 @@ from engine.step_model import Calibration, StepModel, StepWork, chunks_work
 from engine.wire import load_to_pb
 from protos import worker_pb2 as pb
 
-IDLE_WAIT_S = 0.2  # how late a deadline of a waiting request may be noticed
+IDLE_WAIT_S = REPORT_S  # how late a deadline of a waiting request may be noticed, and a router hear of the last step
 CALIBRATION_S = 0.25  # between two fits of the step model
 LONG_STEP_S = 0.1  # by the worker's own model of its steps
 
@@ -85,7 +87,6 @@ class WorkerLoop(Generic[C]):
         self._clock = clock
         self._stopping = Event()
         self._draining = False
-        self._turn = 0
         self._progress = 0
         self._step_began = 0.0
         self._works: deque[StepWork] = deque()  # of the steps in flight
@@ -116,9 +117,9 @@ class WorkerLoop(Generic[C]):
     def run(self) -> None:
         wait = 0.0
         while not self._stopping.is_set() and not (self._draining and not self.clients):
-            for command in self._inbox.take(wait):
+            commands = self._inbox.take(wait)
+            for command in commands:
                 self._receive(command)
-            self._turn += 1
             self._progress += 1
             for request_id in self.clients.expired():
                 self._abort(request_id, "the request's deadline passed")
@@ -126,12 +127,13 @@ class WorkerLoop(Generic[C]):
             scheduled = None if self._runs_long else self.engine.schedule()
             self._note_events()
             if scheduled is not None:
-                self._start(scheduled)
+                self._start(scheduled, changed=bool(commands))
             is_busy = self.engine.num_in_flight > 0  # what is collected may let others run
             if scheduled is None or not self.engine.can_start:
                 self._collect()
-            self._publish()
-            wait = 0.0 if scheduled is not None or is_busy else IDLE_WAIT_S
+            is_idle = scheduled is None and not is_busy
+            self._publish(changed=bool(commands) or not is_idle, step_ends=self._clock() if is_idle else None)
+            wait = IDLE_WAIT_S if is_idle else 0.0
 
     @property
     def _runs_long(self) -> bool:
@@ -170,15 +172,15 @@ class WorkerLoop(Generic[C]):
         self._role.abort(request_id)
         self.clients.fail(request_id, reason, retryable=True)
 
-    def _start(self, scheduled: Scheduled) -> None:
+    def _start(self, scheduled: Scheduled, *, changed: bool) -> None:
         now = self._clock()
         if not self.engine.num_in_flight:
             self._step_began = now
         self._role.before_run(scheduled, now)
-        if scheduled.started or scheduled.preempted:
-            self._publish()  # offers leave now, so that the first chunk's KV moves while it is computed
-        else:
-            self._load = self._measure()  # heartbeats of a long step tell what it runs
+        chunks = scheduled.batch.chunks
+        work = chunks_work((chunk.start, len(chunk.token_ids)) for chunk in chunks)
+        # Offers leave now, so that the first chunk's KV moves while it is computed. Heartbeats tell what the step runs.
+        self._publish(changed=changed, step_ends=now + self._seconds(work))
 
         def group_done(group: int) -> None:
             self._progress += 1
@@ -187,8 +189,7 @@ class WorkerLoop(Generic[C]):
         num_in_flight = self.engine.num_in_flight
         self.engine.start(scheduled, group_done)
         if self.engine.num_in_flight > num_in_flight:
-            chunks = scheduled.batch.chunks
-            self._works.append(chunks_work((chunk.start, len(chunk.token_ids)) for chunk in chunks))
+            self._works.append(work)
 
     def _collect(self) -> None:
         if not self.engine.num_in_flight:
@@ -205,10 +206,16 @@ class WorkerLoop(Generic[C]):
         if now >= self._next_fit:
             self._model, self._next_fit = self._calibration.fit(), now + CALIBRATION_S
 
-    def _publish(self) -> None:
+    def _seconds(self, work: StepWork) -> float:
+        """Until a step that begins now has been computed, with those in flight; unknown: for ever."""
+        if self._model is None:
+            return math.inf
+        return sum(map(self._model.seconds, self._works), self._model.seconds(work))
+
+    def _publish(self, *, changed: bool, step_ends: float | None) -> None:
         self._note_events()
         self._load = self._measure()
-        self.clients.flush(self._load, self.engine.kv, self._events_since or 0.0)
+        self.clients.flush(self._load, self.engine.kv, self._events_since or 0.0, changed=changed, step_ends=step_ends)
         self._events_since = None
 
     def _note_events(self) -> None:
@@ -219,7 +226,6 @@ class WorkerLoop(Generic[C]):
         load = load_to_pb(self.engine.load(), self._model)
         load.progress = self._progress
         load.draining = self._draining
-        load.turn = self._turn
         load.num_cached_blocks = self.engine.kv.num_cached
         self._role.add_load(load)
         return load

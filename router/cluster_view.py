@@ -7,6 +7,7 @@ needs it, for reports come far more often than decisions.
 """
 
 import math
+from collections import deque
 from typing import NamedTuple
 
 import msgspec
@@ -17,9 +18,6 @@ from protos import worker_pb2 as pb
 
 PREFILL = "prefill"
 DECODE = "decode"
-
-# The report that follows a submit may have been written before the worker took it; the one after was not.
-_REPORTS_UNTIL_COUNTED = 2
 
 
 class WorkerRow(NamedTuple):
@@ -53,7 +51,6 @@ class _Pending(msgspec.Struct, gc=False):
     pairs: int
     blocks: int
     pull_tokens: int
-    reports_seen: int = -1  # since it was sent; -1: not sent yet
 
 
 class WorkerState:
@@ -71,6 +68,8 @@ class WorkerState:
         self._max_num_seqs = description.max_num_seqs
         self._seq_limit = max(1, int(description.max_num_seqs * seqs_per_slot))
         self._pending: dict[int, _Pending] = {}
+        self._sent: deque[int] = deque()  # handles of submits that no report counts
+        self._num_counted = 0  # submits before those
         self._closed = False
         self._model: StepModel | None = None
         self._modelled: pb.Load | None = None  # the report that `_model` has been taken from
@@ -123,23 +122,21 @@ class WorkerState:
         self._dirty.add(self)
 
     def sent(self, handle: int) -> None:
-        self._pending[handle].reports_seen = 0
+        """In the order of the session's submits."""
+        self._sent.append(handle)
 
     def counted(self, handle: int) -> None:
         """The worker's own report covers this request, or it is over."""
         if self._pending and self._pending.pop(handle, None) is not None:
             self._dirty.add(self)
 
-    def report(self, load: pb.Load) -> None:
-        """Heartbeats of one long step say the same again and count no request that came meanwhile."""
-        last, self.load = self.load, load
+    def report(self, load: pb.Load, num_submits: int = 0) -> None:
+        """`num_submits`: of its session, that `load` counts."""
+        self.load = load
         self._dirty.add(self)
-        if self._pending and load.turn != last.turn:
-            for handle, pending in list(self._pending.items()):
-                if pending.reports_seen >= 0:
-                    pending.reports_seen += 1
-                    if pending.reports_seen >= _REPORTS_UNTIL_COUNTED:
-                        del self._pending[handle]
+        while self._num_counted < num_submits and self._sent:
+            self._pending.pop(self._sent.popleft(), None)
+            self._num_counted += 1
 
     def row(self) -> WorkerRow:
         load, pending = self.load, self._pending.values()

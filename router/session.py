@@ -258,7 +258,7 @@ class WorkerSession:
         self.last_frame_at = self._clock()
         self.index_lag.frame_came(frame.sent_us / 1e6, self.last_frame_at)
         load = frame.load
-        state.report(load)
+        state.report(load, frame.num_submits)
         self._check_progress(load.progress, load.num_running > 0)
         if frame.kv_events:
             if frame.kv_event_number != self._next_event:

@@ -47,6 +47,7 @@ class SimulatedDecode:
 
     def submit(self, client: Client, request: SimulatedRequest, offer: Handoff | None) -> None:
         self._clients[request.id] = client
+        self._worker.submitted(client)
         if offer is None:
             self._fresh.add(request.id)
             self._engine.submit(request, decodes=True)
@@ -74,11 +75,14 @@ class SimulatedDecode:
 
     def token(self, sequence: SimulatedSequence) -> None:
         request_id = sequence.request.id
+        client = self._clients[request_id]
+        self._worker.say_token(client)
         if request_id in self._fresh:
             self._fresh.remove(request_id)
-            self._worker.say(self._clients[request_id]).first_token = True
+            self._worker.say(client).first_token = True
         if sequence.finished:
-            self._worker.say(self._clients.pop(request_id)).finished = True
+            self._worker.say(client).finished = True
+            del self._clients[request_id]
             self._engine.leave(sequence)
 
     def add_load(self, load: pb.Load) -> None:

@@ -44,6 +44,7 @@ class SimulatedPrefill:
         return (block for blocks in self._held.values() for block in blocks)
 
     def submit(self, client: Client, request: SimulatedRequest) -> None:
+        self._worker.submitted(client)
         sequence = self._engine.submit(request, decodes=False)
         self._prompts[request.id] = _Prompt(client, sequence)
 

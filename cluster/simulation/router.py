@@ -151,13 +151,13 @@ class SimulatedRouter:
     def receive(self, frame: Frame[Handoff]) -> None:
         worker_id = frame.worker_id
         state = self._states[worker_id]
-        state.report(frame.load)
-        for event in frame.kv_events:
-            self._placement.apply(worker_id, event)
+        state.report(frame.load, frame.num_submits)
+        if frame.kv_event is not None:
+            self._placement.apply(worker_id, frame.kv_event)
         if frame.coming:
             self._placement.expect(worker_id, frame.coming)
         for said in frame.said:
-            if said.client.router == self._number and said.client.handle in self._flights:
+            if said.client.handle in self._flights:
                 state.counted(said.client.handle)
                 self._hear(self._flights[said.client.handle], said)
         if self._placement.reported() and state.description.role == DECODE:

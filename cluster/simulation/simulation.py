@@ -205,7 +205,7 @@ class Simulation:
         engine = SimulatedEngine(pool.num_blocks, pool.block_size, pool.max_len, pool.scheduler)
         model = self._models.setdefault(id(pool), PoolModel())
         worker: SimulatedWorker[Handoff] = SimulatedWorker(
-            worker_id, pool.role, engine, pool.seconds, model, events, self._deliver
+            worker_id, pool.role, engine, pool.seconds, model, events, setup.num_routers, self._deliver
         )
         self.cluster.workers[worker_id] = worker
         if pool.role == PREFILL:
@@ -228,14 +228,11 @@ class Simulation:
             max_batch_tokens=pool.scheduler.max_batch_tokens,
         )
 
-    def _deliver(self, frame: Frame[Handoff]) -> None:
-        self._events.after(self._setup.network_s, self._receive, frame)
+    def _deliver(self, router: int, frame: Frame[Handoff]) -> None:
+        self._events.after(self._setup.network_s, self._receive, router, frame)
 
-    def _receive(self, frame: Frame[Handoff]) -> None:
-        if len(self._routers) == 1:  # as engine.clients: it knows what it has sent
-            frame.coming.clear()
-        for router in self._routers:
-            router.receive(frame)
+    def _receive(self, router: int, frame: Frame[Handoff]) -> None:
+        self._routers[router].receive(frame)
 
     def _result(self, wall_s: float) -> Result:
         busy_s, num_steps = {PREFILL: 0.0, DECODE: 0.0}, {PREFILL: 0, DECODE: 0}

@@ -1,7 +1,8 @@
 """The loop of a simulated worker, the same in both roles: receive, schedule, compute, publish, in virtual time.
 
-As engine.loop.WorkerLoop. Many steps that only decode become one stretch, which ends with the step under way when
-something comes from outside. Of a stretch one report is written, so a report is at most REPORT_S old.
+As engine.loop.WorkerLoop with engine.clients.Clients. Many steps that only decode become one stretch of at most
+REPORT_S, which ends with the step under way when something comes from outside. Of a stretch one frame is written to
+each router that it has words for.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from typing import Generic, Protocol, TypeVar
 from cluster.simulation.engine import SimulatedEngine, Step, StepSeconds, step_work
 from cluster.simulation.events import Events
 from cluster.simulation.sequence import SimulatedSequence
+from engine.backlog import REPORT_S, Backlog
 from engine.kv.events import KvEvent
 from engine.step_model import Calibration, StepModel, StepWork
 from engine.wire import load_to_pb
 from protos import worker_pb2 as pb
 
-REPORT_S = 0.1
 FIT_S = 1.0  # between two fits of a pool's step model
 
 H = TypeVar("H")
@@ -48,7 +49,8 @@ class Said(Generic[H]):
 class Frame(Generic[H]):
     worker_id: str
     load: pb.Load
-    kv_events: list[KvEvent]
+    num_submits: int
+    kv_event: KvEvent | None
     said: list[Said[H]]
     coming: list[int]
 
@@ -91,7 +93,7 @@ class _Stretch:
 
 
 class SimulatedWorker(Generic[H]):
-    """`deliver` gets each frame when it is written."""
+    """`deliver` gets the number of a router and each frame to it when that is written."""
 
     def __init__(
         self,
@@ -101,7 +103,8 @@ class SimulatedWorker(Generic[H]):
         seconds: StepSeconds,
         model: PoolModel,
         events: Events,
-        deliver: Callable[[Frame[H]], None],
+        num_routers: int,
+        deliver: Callable[[int, Frame[H]], None],
     ) -> None:
         self.worker_id = worker_id
         self.role = role
@@ -116,9 +119,11 @@ class SimulatedWorker(Generic[H]):
         self._inbox: list[Callable[[], None]] = []
         self._stretch: _Stretch | None = None
         self._woken = False
-        self._said: dict[Client, Said[H]] = {}
-        self._turn = 0
-        self._last_step_s = 0.0
+        self._said: list[dict[int, Said[H]]] = [{} for _ in range(num_routers)]  # of each router, by handle
+        self._spoken_to = [False] * num_routers  # tokens, perhaps of requests of which nothing else is said
+        self._num_submits = [0] * num_routers
+        self._backlogs = [Backlog() for _ in range(num_routers)]
+        self._will_look = False
 
     def behave(self, role: Role) -> None:
         self._behaviour = role
@@ -137,12 +142,20 @@ class SimulatedWorker(Generic[H]):
                 shorter = self._stretch = _Stretch(stretch.step, stretch.work, stretch.began, stretch.seconds, num_done)
                 self._events.at(max(now, stretch.began + num_done * stretch.seconds), self._end, shorter)
 
+    def submitted(self, client: Client) -> None:
+        self._num_submits[client.router] += 1
+
     def say(self, client: Client) -> Said[H]:
         """The draft of what the next frame says of a request."""
-        said = self._said.get(client)
+        drafts = self._said[client.router]
+        said = drafts.get(client.handle)
         if said is None:
-            said = self._said[client] = Said(client)
+            said = drafts[client.handle] = Said(client)
         return said
+
+    def say_token(self, client: Client) -> None:
+        """And nothing else."""
+        self._spoken_to[client.router] = True
 
     def _wake(self) -> None:
         self._woken = False
@@ -151,7 +164,6 @@ class SimulatedWorker(Generic[H]):
 
     def _run(self) -> None:
         had_commands = bool(self._inbox)
-        self._turn += 1
         while self._inbox:
             commands, self._inbox = self._inbox, []
             for command in commands:
@@ -160,19 +172,29 @@ class SimulatedWorker(Generic[H]):
         step = self.engine.plan()
         if step.work:
             self._start(step, alone=had_commands or bool(self._inbox))
-        elif had_commands:
-            self._publish()
+        else:
+            self._publish(self._events.now, changed=had_commands)
+            if not self._will_look and any(backlog.changed for backlog in self._backlogs):
+                self._will_look = True
+                self._events.after(REPORT_S, self._look)
+
+    def _look(self) -> None:
+        """As an idle worker does now and then."""
+        self._will_look = False
+        if self._stretch is None:
+            self._run()
 
     def _start(self, step: Step, *, alone: bool) -> None:
         """`alone`: report after one step what has come."""
         now = self._events.now
         self._behaviour.before_run(step)
-        if step.started or step.preempted:
-            self._publish()
-        seconds = self._last_step_s
-        num_steps = 1 if alone or not seconds else self.engine.num_alike(step, max(1, int(REPORT_S / seconds)))
-        work = step_work(step, num_steps)
+        work = step_work(step, 1)
         seconds = self._seconds(work)
+        self._publish(now + seconds, changed=alone)
+        num_steps = 1 if alone else self.engine.num_alike(step, max(1, int(REPORT_S / seconds)))
+        if num_steps > 1:
+            work = step_work(step, num_steps)
+            seconds = self._seconds(work)
         stretch = self._stretch = _Stretch(step, work, now, seconds, num_steps)
         self._events.at(now + num_steps * seconds, self._end, stretch)
 
@@ -183,23 +205,34 @@ class SimulatedWorker(Generic[H]):
         now, role = self._events.now, self._behaviour
         self.busy_s += stretch.seconds * stretch.num_steps
         self.num_steps += stretch.num_steps
-        self._last_step_s = stretch.seconds
         self._model.observe(stretch.work, stretch.seconds, now)
         sampled = self.engine.advance(stretch.step, stretch.num_steps)
         role.computed(stretch.step, stretch.began, now)
         for sequence in sampled:
             role.token(sequence)
-        self._publish()
+        self._publish(None)
         self._run()
 
-    def _publish(self) -> None:
-        said, self._said = list(self._said.values()), {}
-        kv = self.engine.kv
-        self._deliver(Frame(self.worker_id, self.load(), kv.drain_events(), said, kv.drain_coming()))
+    def _publish(self, step_ends: float | None, *, changed: bool = True) -> None:
+        """As Clients.flush."""
+        kv, now = self.engine.kv, self._events.now
+        events, coming = kv.drain_events(), kv.drain_coming()
+        if len(self._backlogs) == 1:  # it knows what it has sent
+            coming.clear()
+        load: pb.Load | None = None
+        for router, backlog in enumerate(self._backlogs):
+            if changed or events or coming:
+                backlog.add(events, now, coming)
+            said = self._said[router]
+            if said or self._spoken_to[router] or (step_ends is not None and backlog.is_due(step_ends)):
+                load = load or self.load()
+                self._said[router], self._spoken_to[router] = {}, False
+                coming_there, event = backlog.coming, backlog.told(now, reports=step_ends is not None)
+                num_submits, words = self._num_submits[router], list(said.values())
+                self._deliver(router, Frame(self.worker_id, load, num_submits, event, words, coming_there))
 
     def load(self) -> pb.Load:
         """As a frame reports it."""
         load = load_to_pb(self.engine.load(), self._model.model)
-        load.turn = self._turn
         self._behaviour.add_load(load)
         return load

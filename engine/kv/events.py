@@ -17,6 +17,31 @@ class KvEvent(msgspec.Struct, frozen=True, gc=False):
     cleared: bool = False  # everything before is gone
 
 
+def merged(events: Sequence[KvEvent]) -> KvEvent:
+    """One event that does what these, which follow one another, do to a mirror."""
+    if len(events) == 1:
+        return events[0]
+    removed: dict[int, None] = {}
+    stored: dict[int, None] = {}
+    cleared = False
+    for event in events:
+        if event.cleared:
+            cleared = True
+            removed.clear()
+            stored.clear()
+        for block_hash in event.removed:
+            if block_hash in stored:
+                del stored[block_hash]
+            else:
+                removed[block_hash] = None
+        for block_hash in event.stored:
+            if block_hash in removed:
+                del removed[block_hash]
+            else:
+                stored[block_hash] = None
+    return KvEvent(tuple(removed), tuple(stored), cleared)
+
+
 class KvEventLog:
     """Owned by one prefix cache. `snapshot` lists all cached hashes; `max_hashes` bounds what is kept undrained."""
 

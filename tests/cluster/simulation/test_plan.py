@@ -135,7 +135,7 @@ def test_a_run_stops_with_the_first_request_that_misses_beyond_what_may(
     )
     candidate = Candidate(1, 1, profile(1), profile(1))
     assert never._try(candidate, setup(candidate), 1.0, 0) is None
-    assert len(heard) == num_heard
+    assert num_heard <= len(heard) <= num_heard + 1  # two may end in one frame
 
 
 def test_all_candidates_are_tried_at_rates_of_one_grid() -> None:

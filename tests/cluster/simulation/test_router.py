@@ -83,7 +83,7 @@ class Router:
     def hear(self, **said: Any) -> None:
         """From the prefill worker of this attempt."""
         worker = self.workers[self.outcome.prefill_worker or ""]
-        self.router.receive(Frame(worker.worker_id, worker.load(), [], [Said(worker.clients[-1], **said)], []))
+        self.router.receive(Frame(worker.worker_id, worker.load(), 0, None, [Said(worker.clients[-1], **said)], []))
         self.settle()
 
 

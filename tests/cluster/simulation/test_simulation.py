@@ -176,7 +176,7 @@ def test_many_steps_at_a_time_take_the_time_of_one_after_the_other(
         return [time for each in outcomes for time in (each.ttft or 0.0, each.finished or 0.0)]
 
     together = run(setup, trace)
-    monkeypatch.setattr("cluster.simulation.worker.REPORT_S", 0.0)
+    monkeypatch.setattr("cluster.simulation.engine.SimulatedEngine.num_alike", lambda *_: 1)
     single = run(setup, trace)
     assert times(list(together.outcomes)) == pytest.approx(times(list(single.outcomes)))
     assert together.num_steps == single.num_steps
@@ -220,7 +220,7 @@ def test_where_links_are_slow_decode_workers_prefill_and_where_they_are_fast_the
 def test_a_lease_that_no_decode_worker_opens_in_time_expires_and_the_request_is_tried_again() -> None:
     """Leases of 0.2 s, and a decode worker whose memory is full for longer: four routers fill it at the same time."""
     setup = make_setup(2, 1, num_blocks=12, policy=RoundRobin, num_routers=4, lease_s=0.2)
-    trace = trace_of(*(request(number, 0.0, 500, 200) for number in range(8)))
+    trace = trace_of(*(request(number, 0.0, 500, 200) for number in range(16)))
     outcomes = run(setup, trace).outcomes
     assert any(each.num_attempts > 1 for each in outcomes)
     assert all(each.finished is not None or each.refused == "attempts failed" for each in outcomes)

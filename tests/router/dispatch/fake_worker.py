@@ -80,6 +80,7 @@ class _Session:
     frames: asyncio.Queue[pb.Frame] = field(default_factory=asyncio.Queue)
     jobs: dict[int, Job] = field(default_factory=dict)
     number: int = 0
+    num_submits: int = 0
 
 
 def _clock_us() -> int:
@@ -207,6 +208,7 @@ class FakeWorker:
                 await self._running.wait()
                 frame.number, session.number = session.number, session.number + 1
                 frame.load.CopyFrom(self._load())
+                frame.num_submits = session.num_submits
                 frame.sent_us = _clock_us()
                 stream.send(frame)
                 self._signal.notify()
@@ -229,7 +231,6 @@ class FakeWorker:
             num_waiting_tokens=sum(len(job.token_ids) for job in self.jobs) if self.role == "prefill" else 0,
             progress=self._steps if self.progress is None else self.progress,
             draining=self.draining,
-            turn=self._steps,
             num_cached_blocks=len(self.hashes),
         )
 
@@ -238,6 +239,7 @@ class FakeWorker:
             await self._running.wait()
             if command.HasField("submit"):
                 self.submits.append(command.submit)
+                session.num_submits += 1
                 job = session.jobs[command.submit.handle] = Job(command.submit, session)
                 job.task = asyncio.create_task(self._run(job))
             elif command.HasField("cancel"):

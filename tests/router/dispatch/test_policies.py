@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import random
 
 import numpy as np
@@ -145,10 +144,10 @@ def test_the_queue_of_a_worker_is_in_seconds_once_it_knows_its_speed():
     def queue() -> tuple[StepModel | None, float, int]:
         return state.model, state.row().queue_s, state.row().num_waiting_tokens
 
-    state.report(pb.Load(num_waiting_tokens=1000, turn=1))
+    state.report(pb.Load(num_waiting_tokens=1000))
     assert queue() == (None, 0.0, 1000)
     exact = StepModel(0.5, 0.25, 0.0, 0.125, 0.0)  # floats that the wire does not round
-    state.report(pb.Load(num_waiting_tokens=1000, queue_us=3_000_000, model=model_to_pb(exact), turn=2))
+    state.report(pb.Load(num_waiting_tokens=1000, queue_us=3_000_000, model=model_to_pb(exact)))
     assert queue() == (exact, 3.0, 0)
     state.reserve(1, Reservation(8))
     assert queue() == (exact, 3.0, 8)
@@ -356,25 +355,29 @@ def test_a_burst_between_two_reports_spreads_over_the_workers():
 
 def test_a_reservation_counts_until_the_workers_own_report_covers_it():
     state = attached("d0")
-    turns = itertools.count(1)
 
-    def report(turn: int | None = None) -> None:
-        state.report(pb.Load(num_free_blocks=100, turn=turn or next(turns)))
+    def report(num_submits: int = 0) -> tuple[int, int, int]:
+        state.report(pb.Load(num_free_blocks=100), num_submits)
+        row = state.row()
+        return row.num_seqs, row.num_free_blocks, row.num_waiting_tokens
 
     report()
     state.reserve(1, Reservation(500, blocks=40))
-    for _ in range(3):  # not sent yet: no report can know it
-        report()
-        assert (state.row().num_seqs, state.row().num_free_blocks, state.row().num_waiting_tokens) == (1, 60, 500)
+    state.reserve(2, Reservation(100, blocks=20))
+    state.reserve(3, Reservation(10, blocks=1))
+    assert report() == report(7) == (3, 39, 610)  # nothing is sent yet
+    state.sent(2)
     state.sent(1)
-    for _ in range(5):  # heartbeats of one long step: the worker has not looked at its inbox
-        report(7)
-    assert state.row().num_pending == 1
-    report(8)
-    assert state.row().num_pending == 0
-    state.reserve(2, Reservation(blocks=10))
-    state.counted(2)
-    state.counted(2)
+    assert report() == (3, 39, 610)  # a heartbeat of a long step, which does not know
+    assert report(1) == report(1) == report() == (2, 59, 510)  # the first that was sent, and once
+    state.counted(1)  # its worker said so
+    assert report(2) == (1, 99, 10)
+    state.sent(3)
+    assert report(2) == (1, 99, 10)
+    assert report(3) == (0, 100, 0)
+    state.reserve(4, Reservation(blocks=10))
+    state.counted(4)
+    state.counted(4)
     assert state.row().num_seqs == 0
 
 

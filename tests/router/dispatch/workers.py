@@ -112,7 +112,7 @@ class Cluster:
         self.clock = FakeClock(0.0)
         self.placement: Placement[Prompt] = Placement(self.policy, self.config, self.clock)
         self.states: dict[str, WorkerState] = {}
-        self.turn = self.handle = 0
+        self.handle = 0
         for worker_id in self.ids:
             self.attach(worker_id)
             self.report(worker_id)
@@ -122,7 +122,6 @@ class Cluster:
         self.states[worker_id] = self.placement.attach(worker_id, description, hashes)
 
     def report(self, worker_id: str, *, num_running: int = 0, queue_s: float = 0.0, draining: bool = False) -> None:
-        self.turn += 1
         self.states[worker_id].report(
             pb.Load(
                 num_running=num_running,
@@ -130,7 +129,6 @@ class Cluster:
                 queue_us=round(queue_s * 1e6),
                 model=model_to_pb(FAST_MODEL),
                 draining=draining,
-                turn=self.turn,
             )
         )
 
