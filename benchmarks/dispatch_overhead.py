@@ -1,4 +1,4 @@
-"""Router CPU per token and per request through sessions and dispatcher, and the prefix index at scale.
+"""Router CPU per token and per request through sessions and dispatcher, with as many workers as one likes.
 
 The workers run in a second process and send one frame per step for all their requests, over loopback, as fast as they
 are told to. CPU time is the router process's own, all of its threads included; no HTTP front.
@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 
-import numpy as np
+import uvloop
 
 from engine.message_server import MessageServer
 from engine.message_stream import MessageStream
@@ -25,7 +25,6 @@ from protos import worker_pb2 as pb
 from router.dispatcher import Dispatcher, DispatcherConfig
 from router.membership import Joined, Left
 from router.policies import PrefixAware
-from router.prefix_index import PrefixIndex
 
 MODEL = "model"
 
@@ -157,33 +156,6 @@ async def measure(members: list[Joined], num_requests: int, concurrency: int, is
     await running
 
 
-def measure_index(num_workers: int, blocks_each: int) -> None:
-    rng = random.Random(0)
-    index = PrefixIndex()
-    shared = [rng.getrandbits(64) for _ in range(2048)]
-    chains = [[rng.getrandbits(64) for _ in range(blocks_each)] for _ in range(num_workers)]
-    start = time.perf_counter()
-    slots = [index.open() for _ in chains]
-    for slot, chain in zip(slots, chains, strict=True):
-        index.apply(slot, chain)
-    rate = num_workers * blocks_each / (time.perf_counter() - start)
-    for slot in slots:
-        index.apply(slot, shared[: rng.randrange(1, 2048)])
-    print(f"index, {num_workers} workers, {index.num_hashes} blocks: {rate / 1e6:.2f} M blocks/s stored")
-    found = np.zeros(index.num_slots)
-    for length in (128, 512, 2048):
-        times = []
-        for _ in range(2000):
-            start = time.perf_counter()
-            index.find(shared[:length], found)
-            times.append(time.perf_counter() - start)
-        times.sort()
-        print(f"  find of {length} blocks: p50 {times[1000] * 1e6:.1f} us, p99 {times[1980] * 1e6:.1f} us")
-    start = time.perf_counter()
-    index.close(slots[0])
-    print(f"  closing a worker of {blocks_each} blocks: {(time.perf_counter() - start) * 1e3:.1f} ms")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="of each role")
@@ -192,18 +164,15 @@ def main() -> None:
     parser.add_argument("--isl", type=int, default=865, help="prompt tokens")
     parser.add_argument("--osl", type=int, default=16, help="output tokens")
     parser.add_argument("--step-ms", type=float, default=5.0, help="pause between a worker's frames")
-    parser.add_argument("--index-workers", type=int, default=64)
-    parser.add_argument("--index-blocks", type=int, default=16_000, help="blocks on each of --index-workers")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run_workers, args=(options.workers, options.step_ms / 1e3, theirs), daemon=True)
     process.start()
     members = [Joined(*each) for each in ours.recv()]
-    asyncio.run(measure(members, options.requests, options.concurrency, options.isl, options.osl))
+    uvloop.run(measure(members, options.requests, options.concurrency, options.isl, options.osl))
     ours.send("stop")
     process.join(10)
-    measure_index(options.index_workers, options.index_blocks)
 
 
 if __name__ == "__main__":
