@@ -1,7 +1,8 @@
-"""Leases in Redis: one key per worker with a time to live, and a set of the worker ids to read them by.
+"""Leases in Redis: one key per worker with a time to live, a set of the worker ids to read them by, and the number of
+times that anything has changed, so that who asks often reads all of them seldom.
 
-Plain commands only (SET PX, SADD, SMEMBERS, MGET, SREM), so any server that speaks Redis will do, and clocks of
-different machines are never compared: the server alone ends leases.
+Plain commands only (SET PX GET, SADD, INCR, GET, SMEMBERS, MGET, SREM), so any server that speaks Redis 6.2 will do,
+and clocks of different machines are never compared: the server alone ends leases.
 """
 
 import asyncio
@@ -18,6 +19,8 @@ from cluster.registry.base import Lease, RegistryUnavailable
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
+BATCH = 128  # leases read at once, so that a thousand of them are no pause for the streams of their reader
+MAX_SCANS = 8  # from the last reading; a lease that ends, or whose writer died over it, changes no number
 
 
 class RedisLeaseStore:
@@ -33,25 +36,44 @@ class RedisLeaseStore:
             encoding_errors="replace",  # what someone else wrote is malformed, not fatal
         )
         self._members = f"baton:{name}:workers"
+        self._num_changes = f"baton:{name}:changes"
         self._timeout_s = timeout_s
+        self._read_at: bytes | str | None = None  # number of changes at the last reading
+        self._num_scans = MAX_SCANS  # since then
+        self._leases: list[Lease] = []
 
     async def put(self, lease: Lease) -> None:
-        worker_id = lease.record.worker_id
+        worker_id, value = lease.record.worker_id, msgspec.json.encode(lease).decode()
         async with self._exchange(), self._redis.pipeline(transaction=True) as commands:
-            commands.set(f"{self._members}:{worker_id}", msgspec.json.encode(lease), px=round(lease.ttl * 1000))
+            commands.set(f"{self._members}:{worker_id}", value, px=round(lease.ttl * 1000), get=True)
             commands.sadd(self._members, worker_id)
-            await commands.execute()
+            before, _ = await commands.execute()
+            if before != value:
+                await self._redis.incr(self._num_changes)
 
     async def scan(self) -> list[Lease]:
         async with self._exchange():
-            members = sorted(await self._redis.smembers(self._members))
-            keys = [f"{self._members}:{member!s}" for member in members]
-            values = await self._redis.mget(keys) if keys else []
-            ended = [member for member, value in zip(members, values, strict=True) if value is None]
-            if ended:  # a lease renewed just now adds its id again with the next renewal
-                await self._redis.srem(self._members, *ended)
-        leases = [self._decoded(value) for value in values if value is not None]
-        return [lease for lease in leases if lease is not None]
+            num_changes = await self._redis.get(self._num_changes)
+            self._num_scans += 1
+            if num_changes != self._read_at or self._num_scans >= MAX_SCANS:
+                self._leases = await self._read()
+                self._read_at, self._num_scans = num_changes, 0
+        return self._leases
+
+    async def _read(self) -> list[Lease]:
+        members = sorted(await self._redis.smembers(self._members))
+        leases, ended = [], []
+        for first in range(0, len(members), BATCH):
+            some = members[first : first + BATCH]
+            values = await self._redis.mget([f"{self._members}:{member!s}" for member in some])
+            for member, value in zip(some, values, strict=True):
+                if value is None:
+                    ended.append(member)
+                elif (lease := self._decoded(value)) is not None:
+                    leases.append(lease)
+        if ended:  # a lease renewed just now adds its id again with the next renewal
+            await self._redis.srem(self._members, *ended)
+        return leases
 
     async def aclose(self) -> None:
         await self._redis.aclose()

@@ -14,7 +14,7 @@ from redis import Redis
 from cluster.registry.base import Lease, LeaseStore, Registry, RegistryUnavailable, WorkerRecord
 from cluster.registry.file_store import FileLeaseStore
 from cluster.registry.open import open_registry
-from cluster.registry.redis_store import RedisLeaseStore
+from cluster.registry.redis_store import BATCH, MAX_SCANS, RedisLeaseStore
 from cluster.spec import WorkerId
 from cluster.spec_errors import SpecError
 from cluster.spec_file import parse_spec
@@ -265,8 +265,36 @@ async def test_redis_keeps_no_trace_of_ended_leases(own_redis: RedisServer) -> N
     with Redis.from_url(own_redis.url) as client:
         client.delete("baton:test:workers:decode-0")  # as its time to live does
         assert await store.scan() == []
-        assert client.dbsize() == 0
+        assert client.keys() == [b"baton:test:changes"]
     await store.aclose()
+
+
+async def test_all_leases_are_read_where_one_changed_and_else_seldom(own_redis: RedisServer) -> None:
+    store, workers = RedisLeaseStore(own_redis.url, "test"), RedisLeaseStore(own_redis.url, "test")
+    with Redis.from_url(own_redis.url) as client:
+
+        def num_readings() -> int:
+            return client.info("commandstats").get("cmdstat_smembers", {}).get("calls", 0)
+
+        leases = [Lease(record(f"decode-{number:03}"), 20) for number in range(BATCH + 2)]
+        for lease in leases:
+            await workers.put(lease)
+        assert await store.scan() == leases
+        for lease in leases:  # renewed as they were
+            await workers.put(lease)
+        for _ in range(MAX_SCANS - 1):
+            assert await store.scan() == leases
+        assert num_readings() == 1
+        client.delete("baton:test:workers:decode-001")
+        del leases[1]
+        assert await store.scan() == leases
+        assert num_readings() == 2
+        for changed in (Lease(record("decode-001"), 20), Lease(record("decode-001"), 20, left=True)):
+            await workers.put(changed)
+            assert (await store.scan())[1] == changed
+        assert num_readings() == 4
+    await store.aclose()
+    await workers.aclose()
 
 
 async def test_a_malformed_lease_in_redis_is_ignored(own_redis: RedisServer) -> None:
