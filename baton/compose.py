@@ -7,11 +7,11 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 
 import uvloop
-from prometheus_client import CollectorRegistry
 
 from baton.descriptors import allow_descriptors
 from baton.device import find_device
@@ -139,10 +139,8 @@ async def run_router(
         router_id=f"router-{index}" if process is None else f"router-{index}.{process}",
         clock=time.monotonic,
     )
-    metrics = Metrics(CollectorRegistry(), spec.public_model_name, dispatcher)
+    metrics = Metrics(spec.public_model_name, dispatcher)
     shared = SharedMetrics(metrics, metrics_dir, process) if process is not None and metrics_dir is not None else None
-    if shared is not None:
-        metrics.registry = shared.registry
     front = Front(
         dispatcher,
         model_card(spec),
@@ -155,6 +153,7 @@ async def run_router(
             api_keys=api_keys,
         ),
         status=dispatcher.status,
+        scrape=None if shared is None else shared.snapshot,
     )
     running = asyncio.create_task(dispatcher.run())
     writing = asyncio.create_task(shared.keep_writing()) if shared is not None else None
@@ -165,6 +164,7 @@ async def run_router(
                 drain_s=DRAIN_GRACE_S, max_descriptors=allow_descriptors(), share_port=process is not None
             )
             _settle_memory()
+            _settle_threads()
             await serve(front, spec.router.host, spec.router.port, stop=stop, give_up=dispatcher.close, config=limits)
     finally:
         if writing is not None:
@@ -173,6 +173,11 @@ async def run_router(
         front.close()
         await registry.aclose()
     running.result()
+
+
+def _settle_threads() -> None:
+    """A thread that works gives the interpreter to the loop, which has streams to write, after a millisecond."""
+    sys.setswitchinterval(0.001)
 
 
 def _settle_memory() -> None:

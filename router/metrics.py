@@ -13,7 +13,7 @@ from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import CollectorRegistry
+from prometheus_client.registry import Collector
 
 from engine.request import FinishReason
 from router.generation import Timeline
@@ -78,11 +78,18 @@ class Transfers:
     )
 
 
-class Metrics:
-    """Registers itself with `registry`; `model` is the value of the model_name label."""
+@dataclass(frozen=True, slots=True)
+class _Families(Collector):
+    families: Sequence[Metric]
 
-    def __init__(self, registry: CollectorRegistry, model: str, index: IndexWatch | None = None) -> None:
-        self.registry = registry
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+class Metrics(Collector):
+    """`model` is the value of the model_name label."""
+
+    def __init__(self, model: str, index: IndexWatch | None = None) -> None:
         self._index = index
         self.num_waiting = 0  # requests without a first token
         self.num_running = 0  # requests with a first token, not ended
@@ -108,7 +115,6 @@ class Metrics:
         )
         self.transfers: dict[str, Transfers] = {}  # by transport
         self._model = model
-        registry.register(self)
 
     def finish(self, timeline: Timeline, num_prompt: int, num_output: int, reason: FinishReason, now: float) -> None:
         """Count one choice that ran to its end."""
@@ -132,8 +138,12 @@ class Metrics:
             self.transfer_time.observe(timeline.transfer_s)
             self.exposed_time.observe(timeline.exposed_s)
 
+    def snapshot(self) -> Collector:
+        """All of now, to be collected in any thread."""
+        return _Families(list(self.collect()))
+
     def collect(self) -> Iterator[Metric]:
-        """Called by the registry at every scrape."""
+        """On the event loop."""
         for histogram in self._histograms():
             yield histogram.family("baton_", self._model)
             if histogram.vllm:

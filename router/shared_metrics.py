@@ -4,51 +4,72 @@ The files are those of prometheus_client's multiprocess mode, whose collector ad
 Python, as one process keeps them, and written about once a second; so a process that is killed takes at most that
 much with it, and the process that answers a scrape writes its own first. Files are written whole and then renamed:
 in a mapped one, as prometheus_client's own are, a full disk would kill the process. Where they cannot be written the
-sum is older, no more.
+sum is older, no more. Values are taken on the event loop, where they change; files are written and read in threads.
 """
 
 import asyncio
 import logging
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import Collector
 
 log = logging.getLogger(__name__)
 
 WRITE_S = 1.0
+MAX_KEYS = 20_000  # that are kept; of a thousand workers there are 3,000
 
 
 class SharedMetrics(Collector):
     """`process` is this one's number in `directory`: one that is started again goes on from the totals it finds."""
 
     def __init__(self, own: Collector, directory: Path, process: int) -> None:
-        self.registry = CollectorRegistry()
         self._own = own
         self._directory = directory
         self._process = process
         self._merged = MultiProcessCollector(None, str(directory))
         self._earlier = {kind: _read(self._file(kind)) for kind in ("counter", "histogram")}
         self._failure = ""  # of the last write
-        self.registry.register(self)
+        self._num_taken = self._num_written = 0
+        self._writing = Lock()
+
+    def snapshot(self) -> Collector:
+        """All of now, to be collected in any thread."""
+        write = self._write_now()
+        return _Later(write, self._merged)
 
     def collect(self) -> Iterator[Metric]:
-        self.write()
-        yield from self._merged.collect()
+        yield from self.snapshot().collect()
 
     async def keep_writing(self) -> None:
         while True:
-            self.write()
+            await asyncio.to_thread(self._write_now())
             await asyncio.sleep(WRITE_S)
 
     def write(self) -> None:
-        """Where that fails it is logged, once."""
+        self._write_now()()
+
+    def _write_now(self) -> Callable[[], None]:
+        """Writes what there is now. Where that fails it is logged, once."""
+        self._num_taken += 1
+        return partial(self._write, self._num_taken, self._now())
+
+    def _write(self, number: int, files: Mapping[str, Mapping[str, float]]) -> None:
+        with self._writing:
+            if number > self._num_written:  # else counts would fall
+                self._num_written = number
+                self._write_files(files)
+
+    def _write_files(self, files: Mapping[str, Mapping[str, float]]) -> None:
         try:
-            for kind, values in self._now().items():
+            for kind, values in files.items():
                 file = self._file(kind)
                 fresh = file.with_suffix(".new")
                 fresh.write_bytes(_packed(values))
@@ -78,6 +99,16 @@ class SharedMetrics(Collector):
         return self._directory / f"{kind}_{self._process}.db"
 
 
+@dataclass(frozen=True, slots=True)
+class _Later(Collector):
+    write: Callable[[], None]
+    merged: Collector
+
+    def collect(self) -> Iterator[Metric]:
+        self.write()
+        yield from self.merged.collect()
+
+
 def _read(file: Path) -> dict[str, float]:
     if not file.exists():
         return {}
@@ -96,6 +127,11 @@ def _packed(values: Mapping[str, float]) -> bytes:
     return struct.pack("ii", 8 + len(packed), 0) + packed
 
 
+@lru_cache(MAX_KEYS)
+def _key(family: str, name: str, labels: tuple[tuple[str, str], ...], text: str) -> str:
+    return mmap_key(family, name, [each for each, _ in labels], [value for _, value in labels], text)
+
+
 def _values(family: Metric) -> Iterator[tuple[str, dict[str, str], float]]:
     """Key in a file, labels and value of each sample. Buckets in files lack what is in the smaller ones."""
     below = 0.0
@@ -105,7 +141,5 @@ def _values(family: Metric) -> Iterator[tuple[str, dict[str, str], float]]:
             value, below = value - below, 0.0 if sample.labels["le"] == "+Inf" else value
         elif family.type == "histogram" and sample.name.endswith("_count"):
             continue  # the collector counts what is in the buckets
-        key = mmap_key(
-            family.name, sample.name, list(sample.labels), list(sample.labels.values()), family.documentation
-        )
+        key = _key(family.name, sample.name, tuple(sample.labels.items()), family.documentation)
         yield key, sample.labels, value

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry
-
 from engine.engine import Engine
 from engine.executors.base import Executor
 from engine.request import Request, RequestId
@@ -67,7 +65,7 @@ class Serving:
         engine = Engine(executor, SchedulerConfig(), secret="", model=model)
         self.generator = EngineGenerator(engine)
         card = ModelCard(model, executor.vocab_size, executor.max_model_len, executor.eos_token_ids)
-        metrics = Metrics(CollectorRegistry(), model)
+        metrics = Metrics(model)
         self._front = Front(self.generator, card, tokenizer, metrics, FrontConfig())
         self._stop = asyncio.Event()
         self._loop: Future[asyncio.AbstractEventLoop] = Future()  # once it listens

@@ -37,8 +37,9 @@ def test_the_fastest_frame_is_forgotten_after_two_windows() -> None:
 
 async def test_lag_and_missing_blocks_of_each_worker_are_shown() -> None:
     async with cluster(1, 1) as it:
-        metrics = Metrics(CollectorRegistry(), "m", it.dispatcher)
-        seen = metrics.registry.get_sample_value
+        registry = CollectorRegistry()
+        registry.register(Metrics("m", it.dispatcher))
+        seen = registry.get_sample_value
         await it.until_usable("p0", "d0")
         it["p0"].store([1, 2, 3], age_s=0.3)
         await it.signal.until(lambda: it.known("p0")["indexed_blocks"] == 3)

@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
 from router.generation import NO_HINTS, Delta, GenerationStream, LoneTokens, ModelCard, RouteHints, Timeline
@@ -199,7 +197,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     generator = FakeGenerator(script)
     card = ModelCard(MODEL, 512, max_model_len, (0, 1), aliases=("tiny",))
-    metrics = Metrics(CollectorRegistry(), MODEL)
+    metrics = Metrics(MODEL)
     front = Front(generator, card, tokenizer, metrics, config or FrontConfig(), draw_bits=draw_bits)
     stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
     limits = limits or ServerConfig(drain_s=1)

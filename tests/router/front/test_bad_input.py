@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 
 from router.exchange import CONNECTION
 from router.generation import ModelCard
@@ -414,7 +413,7 @@ def test_no_body_makes_a_server_error(tokenizer: Tokenizer, prompt: Any, message
         FakeGenerator(saying(tokenizer, "fine")),
         ModelCard(MODEL, 512, 256, (0,)),
         tokenizer,
-        Metrics(CollectorRegistry(), MODEL),
+        Metrics(MODEL),
         FrontConfig(),
     )
 

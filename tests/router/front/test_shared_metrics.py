@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,14 @@ MODEL = {"model_name": "m"}
 
 
 def process(directory: Path, number: int) -> tuple[Metrics, SharedMetrics]:
-    own = Metrics(CollectorRegistry(), "m")
+    own = Metrics("m")
     return own, SharedMetrics(own, directory, number)
+
+
+def sample_values(metrics: Collector) -> Callable[..., float | None]:
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    return registry.get_sample_value
 
 
 def test_one_process_shows_what_it_would_show_alone(tmp_path: Path) -> None:
@@ -26,9 +33,9 @@ def test_one_process_shows_what_it_would_show_alone(tmp_path: Path) -> None:
     for seconds in (0.0005, 0.03, 0.03, 9.0, 5000.0):
         own.first_token.observe(seconds)
     own.inter_token.observe(0.02)
-    assert _samples(shared.registry) == _samples(own.registry)
+    assert _samples(shared.snapshot()) == _samples(own.snapshot())
     own.first_token.observe(0.03)
-    assert _samples(shared.registry) == _samples(own.registry)
+    assert _samples(shared.snapshot()) == _samples(own.snapshot())
 
 
 def test_any_process_shows_the_sum_and_a_new_life_goes_on_from_it(tmp_path: Path) -> None:
@@ -39,7 +46,7 @@ def test_any_process_shows_the_sum_and_a_new_life_goes_on_from_it(tmp_path: Path
         for _ in range(count):
             own.first_token.observe(0.03)
     other.write()
-    seen = shown.registry.get_sample_value
+    seen = sample_values(shown)
     for _ in range(2):  # a scrape counts nothing twice
         assert seen("baton_http_responses_total", {"route": "/live", "status": "200"}) == 7
         assert seen("vllm:num_requests_waiting", MODEL) == 7
@@ -58,6 +65,18 @@ def test_any_process_shows_the_sum_and_a_new_life_goes_on_from_it(tmp_path: Path
     assert len(list(tmp_path.glob("*.db"))) == 2 * 4
 
 
+def test_counts_never_fall_where_threads_write_in_another_order(tmp_path: Path) -> None:
+    own, shared = process(tmp_path, 0)
+    own.generation_tokens = 1
+    earlier = shared.snapshot()
+    own.generation_tokens = 2
+    later = shared.snapshot()
+    own.generation_tokens = 3  # snapshots do not see it
+    name = "baton_generation_tokens_total"
+    for snapshot in (later, earlier, later):
+        assert {value for (each, _), value in _samples(snapshot).items() if each == name} == {2.0}
+
+
 def test_of_a_worker_the_worst_is_shown_until_it_leaves(tmp_path: Path) -> None:
     class Lags(Collector):
         def __init__(self, **lags: float) -> None:
@@ -72,7 +91,7 @@ def test_of_a_worker_the_worst_is_shown_until_it_leaves(tmp_path: Path) -> None:
     near, far = Lags(a=1.0, b=2.0), Lags(a=3.0, b=0.5)
     shown, other = SharedMetrics(near, tmp_path, 0), SharedMetrics(far, tmp_path, 1)
     other.write()
-    seen = shown.registry.get_sample_value
+    seen = sample_values(shown)
     assert [seen("lag", {"worker_id": each}) for each in "ab"] == [3.0, 2.0]
     near.lags, far.lags = {"a": 1.0}, {"a": 0.5}
     other.write()
@@ -88,18 +107,18 @@ def test_a_directory_that_is_gone_for_a_while_is_no_failure(tmp_path: Path, capl
     directory.rename(away)
     own.num_running = 2
     for _ in range(3):
-        assert list(shared.registry.collect()) == []
+        assert list(shared.snapshot().collect()) == []
     (warning,) = caplog.messages
     assert "cannot be written" in warning
     away.rename(directory)
-    assert shared.registry.get_sample_value("vllm:num_requests_running", MODEL) == 2
+    assert sample_values(shared)("vllm:num_requests_running", MODEL) == 2
 
 
-def _samples(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    assert generate_latest(registry)
+def _samples(metrics: Collector) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    assert generate_latest(metrics)
     return {
         (sample.name, tuple(sorted(_label(name, value) for name, value in sample.labels.items()))): sample.value
-        for family in registry.collect()
+        for family in metrics.collect()
         for sample in family.samples
     }
 
