@@ -150,8 +150,8 @@ class Clients:
         """Send each session whose time it is one frame with what it has not heard yet.
 
         `events_since`: when the first of the cache's undrained events happened. `changed`: the worker has taken
-        something, or run. `step_ends`: of the step that begins, or now where none does; None: only those hear to whom
-        something is said.
+        something, or run. `step_ends`: of the step that begins, or of what holds up the next one, or now where there is
+        nothing to do; None: only those hear to whom something is said, and the others soon, where a step begins.
         """
         now = self._clock()
         events, coming = kv.drain_events(), kv.drain_coming()

@@ -121,19 +121,30 @@ class WorkerLoop(Generic[C]):
             for command in commands:
                 self._receive(command)
             self._progress += 1
-            for request_id in self.clients.expired():
+            expired = self.clients.expired()
+            for request_id in expired:
                 self._abort(request_id, "the request's deadline passed")
+            changed = bool(commands or expired)
             self._role.before_schedule()
             scheduled = None if self._runs_long else self.engine.schedule()
             self._note_events()
             if scheduled is not None:
-                self._start(scheduled, changed=bool(commands))
+                self._start(scheduled, changed=changed or bool(scheduled.started or scheduled.preempted))
+                changed = False  # that has been told
             is_busy = self.engine.num_in_flight > 0  # what is collected may let others run
             if scheduled is None or not self.engine.can_start:
-                self._collect()
+                changed |= self._collect()
             is_idle = scheduled is None and not is_busy
-            self._publish(changed=bool(commands) or not is_idle, step_ends=self._clock() if is_idle else None)
+            self._publish(changed=changed, step_ends=self._reports_until(is_idle=is_idle))
             wait = IDLE_WAIT_S if is_idle else 0.0
+
+    def _reports_until(self, *, is_idle: bool) -> float | None:
+        """For `Clients.flush`, at the end of a turn. Behind a long step none begins; else the next turn reports."""
+        if is_idle:
+            return self._clock()
+        if self._runs_long and self._model is not None:
+            return self._clock() + self._model.seconds(self._works[-1])
+        return None
 
     @property
     def _runs_long(self) -> bool:
@@ -191,9 +202,10 @@ class WorkerLoop(Generic[C]):
         if self.engine.num_in_flight > num_in_flight:
             self._works.append(work)
 
-    def _collect(self) -> None:
+    def _collect(self) -> bool:
+        """Whether there was a step to collect."""
         if not self.engine.num_in_flight:
-            return
+            return False
         tokens = self.engine.collect()
         now = self._clock()
         self._note_events()
@@ -205,6 +217,7 @@ class WorkerLoop(Generic[C]):
         self._calibration.observe(self._works.popleft(), step_s)
         if now >= self._next_fit:
             self._model, self._next_fit = self._calibration.fit(), now + CALIBRATION_S
+        return True
 
     def _seconds(self, work: StepWork) -> float:
         """Until a step that begins now has been computed, with those in flight; unknown: for ever."""

@@ -1,8 +1,8 @@
 """The worker's end of the control plane: routers attach here, commands go in, frames come out.
 
 Lives on the worker's asyncio loop. It knows sessions and frames, not requests: commands are posted to the
-engine thread, which answers through `deliver`: one frame per session and step, and one before a step that starts
-requests, for their offers. While the engine thread is inside a long step, this side keeps every session alive with
+engine thread, which answers through `deliver`: one frame per step to each session that it has words for, and to the
+others as engine.backlog says. While the engine thread is inside a long step, this side keeps every session alive with
 heartbeats that carry the latest load. A router that does not read, or says nothing for 10 s, loses its session.
 """
 

@@ -47,8 +47,8 @@ class RedisLeaseStore:
         async with self._exchange(), self._redis.pipeline(transaction=True) as commands:
             commands.set(f"{self._members}:{worker_id}", value, px=round(lease.ttl * 1000), get=True)
             commands.sadd(self._members, worker_id)
-            before, _ = await commands.execute()
-            if before != value:
+            before, is_new = await commands.execute()
+            if is_new or before != value:
                 await self._redis.incr(self._num_changes)
 
     async def scan(self) -> list[Lease]:

@@ -75,14 +75,11 @@ class SimulatedDecode:
 
     def token(self, sequence: SimulatedSequence) -> None:
         request_id = sequence.request.id
-        client = self._clients[request_id]
-        self._worker.say_token(client)
         if request_id in self._fresh:
             self._fresh.remove(request_id)
-            self._worker.say(client).first_token = True
+            self._worker.say(self._clients[request_id]).first_token = True
         if sequence.finished:
-            self._worker.say(client).finished = True
-            del self._clients[request_id]
+            self._worker.say(self._clients.pop(request_id)).finished = True
             self._engine.leave(sequence)
 
     def add_load(self, load: pb.Load) -> None:

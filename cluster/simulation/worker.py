@@ -1,8 +1,8 @@
 """The loop of a simulated worker, the same in both roles: receive, schedule, compute, publish, in virtual time.
 
 As engine.loop.WorkerLoop with engine.clients.Clients. Many steps that only decode become one stretch of at most
-REPORT_S, which ends with the step under way when something comes from outside. Of a stretch one frame is written to
-each router that it has words for.
+REPORT_S, which ends with the step under way when something comes from outside. What a router hears of its tokens
+between the first and the last is left out.
 """
 
 from collections.abc import Callable
@@ -120,7 +120,6 @@ class SimulatedWorker(Generic[H]):
         self._stretch: _Stretch | None = None
         self._woken = False
         self._said: list[dict[int, Said[H]]] = [{} for _ in range(num_routers)]  # of each router, by handle
-        self._spoken_to = [False] * num_routers  # tokens, perhaps of requests of which nothing else is said
         self._num_submits = [0] * num_routers
         self._backlogs = [Backlog() for _ in range(num_routers)]
         self._will_look = False
@@ -152,10 +151,6 @@ class SimulatedWorker(Generic[H]):
         if said is None:
             said = drafts[client.handle] = Said(client)
         return said
-
-    def say_token(self, client: Client) -> None:
-        """And nothing else."""
-        self._spoken_to[client.router] = True
 
     def _wake(self) -> None:
         self._woken = False
@@ -191,7 +186,7 @@ class SimulatedWorker(Generic[H]):
         work = step_work(step, 1)
         seconds = self._seconds(work)
         self._publish(now + seconds, changed=alone)
-        num_steps = 1 if alone else self.engine.num_alike(step, max(1, int(REPORT_S / seconds)))
+        num_steps = 1 if alone or not seconds else self.engine.num_alike(step, max(1, int(REPORT_S / seconds)))
         if num_steps > 1:
             work = step_work(step, num_steps)
             seconds = self._seconds(work)
@@ -224,9 +219,9 @@ class SimulatedWorker(Generic[H]):
             if changed or events or coming:
                 backlog.add(events, now, coming)
             said = self._said[router]
-            if said or self._spoken_to[router] or (step_ends is not None and backlog.is_due(step_ends)):
+            if said or (step_ends is not None and backlog.is_due(step_ends)):
                 load = load or self.load()
-                self._said[router], self._spoken_to[router] = {}, False
+                self._said[router] = {}
                 coming_there, event = backlog.coming, backlog.told(now, reports=step_ends is not None)
                 num_submits, words = self._num_submits[router], list(said.values())
                 self._deliver(router, Frame(self.worker_id, load, num_submits, event, words, coming_there))

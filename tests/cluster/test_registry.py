@@ -297,6 +297,32 @@ async def test_all_leases_are_read_where_one_changed_and_else_seldom(own_redis: 
     await workers.aclose()
 
 
+async def test_what_changes_while_leases_are_read_is_seen_by_the_next_scan(
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, worker = RedisLeaseStore(own_redis.url, "test"), RedisLeaseStore(own_redis.url, "test")
+    read, leases = store._read, [Lease(record("decode-0"), 20), Lease(record("decode-1"), 20)]
+    await worker.put(leases[0])
+
+    async def join_behind() -> list[Lease]:
+        found = await read()
+        await worker.put(leases[1])
+        return found
+
+    async def fail() -> list[Lease]:
+        raise OSError
+
+    monkeypatch.setattr(store, "_read", join_behind)
+    assert await store.scan() == leases[:1]
+    monkeypatch.setattr(store, "_read", fail)
+    with pytest.raises(RegistryUnavailable):
+        await store.scan()
+    monkeypatch.setattr(store, "_read", read)
+    assert await store.scan() == leases
+    await store.aclose()
+    await worker.aclose()
+
+
 async def test_a_malformed_lease_in_redis_is_ignored(own_redis: RedisServer) -> None:
     store = RedisLeaseStore(own_redis.url, "test")
     await store.put(Lease(record(), 20))

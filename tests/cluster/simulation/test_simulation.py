@@ -217,6 +217,16 @@ def test_where_links_are_slow_decode_workers_prefill_and_where_they_are_fast_the
     assert kept[1] > 2 * kept[3]
 
 
+def test_once_workers_are_idle_every_router_knows_what_each_of_them_holds() -> None:
+    """Twice the blocks of a worker come and go."""
+    simulation = Simulation(make_setup(2, 2, num_blocks=30, num_routers=3), random_trace(11))
+    simulation.run()
+    for router in simulation._routers:
+        for worker_id, worker in simulation.cluster.workers.items():
+            assert router._placement.num_blocks(worker_id) == worker.engine.kv.num_cached > 0
+            assert router._states[worker_id].row().num_pending == 0
+
+
 def test_a_lease_that_no_decode_worker_opens_in_time_expires_and_the_request_is_tried_again() -> None:
     """Leases of 0.2 s, and a decode worker whose memory is full for longer: four routers fill it at the same time."""
     setup = make_setup(2, 1, num_blocks=12, policy=RoundRobin, num_routers=4, lease_s=0.2)

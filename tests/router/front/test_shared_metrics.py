@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,10 +72,26 @@ def test_counts_never_fall_where_threads_write_in_another_order(tmp_path: Path) 
     earlier = shared.snapshot()
     own.generation_tokens = 2
     later = shared.snapshot()
+    alone = own.snapshot()
     own.generation_tokens = 3  # snapshots do not see it
     name = "baton_generation_tokens_total"
+    assert _samples(alone)[name, (("model_name", "m"),)] == 2.0
     for snapshot in (later, earlier, later):
         assert {value for (each, _), value in _samples(snapshot).items() if each == name} == {2.0}
+
+
+async def test_what_a_process_shows_to_others_is_written_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.shared_metrics.WRITE_S", 0.01)
+    (own, shared), (_, other) = process(tmp_path, 0), process(tmp_path, 1)
+    writing = asyncio.create_task(shared.keep_writing())
+    for count in (1, 2, 3):
+        own.generation_tokens = count
+        async with asyncio.timeout(20):
+            while sample_values(other)("baton_generation_tokens_total", MODEL) != count:  # noqa: ASYNC110 - files
+                await asyncio.sleep(0.01)
+    writing.cancel()
 
 
 def test_of_a_worker_the_worst_is_shown_until_it_leaves(tmp_path: Path) -> None:
