@@ -54,6 +54,7 @@ class Entry:
     hashes: list[int]  # of the prompt's full blocks
     offer: bytes
     deadline: float
+    num_lacking: int  # blocks that it will take, as far as was known when it came
     num_held_tokens: int = 0
     block_ids: list[BlockId] = field(default_factory=list)  # of the whole prompt, matched ones first
     pull: RunningPull | None = None
@@ -87,6 +88,8 @@ class Intake:
         """Add what is here to the engine's load."""
         load.num_waiting += self.num_waiting
         load.num_handoffs = len(self._pulling)
+        # They will have them before anybody who comes now.
+        load.num_free_blocks -= min(load.num_free_blocks, sum(entry.num_lacking for entry in self._waiting))
         load.num_pull_tokens = sum(
             len(entry.request.token_ids) - entry.num_held_tokens
             for entry in chain(self._waiting, self._pulling.values())
@@ -96,7 +99,9 @@ class Intake:
     def add(self, request: Request, offer: bytes, deadline: float) -> None:
         """Queue a request with the offer of its KV. Raises InvalidRequest when it can never run here."""
         self._engine.check(request)
-        self._waiting.append(Entry(request, self._engine.hashes(request), offer, deadline))
+        hashes, kv = self._engine.hashes(request), self._engine.kv
+        num_lacking = -(-len(request.token_ids) // kv.block_size) - kv.num_likely(hashes)
+        self._waiting.append(Entry(request, hashes, offer, deadline, num_lacking))
         self._waiting.sort(key=lambda entry: entry.request.priority)  # stable: arrival within a priority
 
     def start(self) -> None:
