@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from decode_workers.intake import Entry, Intake, PullEnded
@@ -366,3 +367,31 @@ def test_frames_tell_when_the_first_of_their_cache_events_happened_and_how_many_
     # Blocks become matchable when a step's results come, and are evicted when a step is planned: told when it begins
     # where it is time to, else when it has ended.
     assert ages == {"stored": {0.0}, "removed": {0.0, 0.015}}
+
+
+def test_a_step_planned_behind_another_ends_after_both() -> None:
+    """Steps of 0.026 s, two in flight. At the end of each other one the last report would be 0.104 s old."""
+    clock = FakeClock()
+    config = SimulatedConfig(step_base_s=0.01, prefill_tokens_per_s=1000.0, decode_s_per_sequence=0.0, num_blocks=999)
+    executor = SimulatedExecutor(config, clock.advance, clock)
+    engine = Engine(executor, SchedulerConfig(max_batch_tokens=16, max_num_seqs=8), secret="", model="m")
+    frames_at: list[float] = []
+    clients = Clients(pb.Description(), lambda _frames: frames_at.append(clock()), clock)
+    turns: list[float] = []
+
+    def turn(_timeout: float) -> None:
+        turns.append(clock())
+        if len(turns) == 100:
+            loop.stop()
+
+    inbox = TurnInbox(turn)
+    role = DecodeRole(engine, clients, Intake(engine, lambda _entry: Future(), max_pulls=1), clock)
+    loop = WorkerLoop(engine, clients, inbox, role, clock)
+    request = Request(RequestId(""), tuple(range(1000, 10_000)), 9000, SamplingParams(max_tokens=1), seed=0)
+    inbox.post(Attached(ROUTERS[0]))
+    inbox.post(Submitted(ROUTERS[0], submit_to_pb(request, 0, 10**6)))
+    loop.run()
+    executor.close()
+    gaps = np.diff([at for at in frames_at if at > turns[50]])
+    assert len(gaps) > 10
+    assert gaps.max() < 0.06

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import uvloop
+from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from engine.request import FinishReason, Request
 from router.generation import Delta, GenerationFailed, Overloaded
@@ -311,6 +314,22 @@ async def scrape(server: Running) -> dict[str, float]:
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
     }
+
+
+async def test_metrics_are_encoded_beside_the_event_loop(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders: list[threading.Thread] = []
+
+    def encode(metrics: Collector) -> bytes:
+        encoders.append(threading.current_thread())
+        return generate_latest(metrics)
+
+    monkeypatch.setattr("router.http.exposition.choose_encoder", lambda _accept: (encode, "text/plain"))
+    async with running(tokenizer, saying(tokenizer, "x")) as server:
+        status, _, text = await server.get("/metrics")
+    assert status == 200
+    assert b"baton_num_requests_running" in text
+    assert threading.current_thread() not in encoders
+    assert len(encoders) == 1
 
 
 async def test_metrics_count_what_happened_under_both_names(tokenizer: Tokenizer) -> None:

@@ -1,5 +1,7 @@
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,27 @@ def test_counts_never_fall_where_threads_write_in_another_order(tmp_path: Path) 
     assert _samples(alone)[name, (("model_name", "m"),)] == 2.0
     for snapshot in (later, earlier, later):
         assert {value for (each, _), value in _samples(snapshot).items() if each == name} == {2.0}
+
+
+def test_threads_write_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, shared = process(tmp_path, 0)
+    inside, others = threading.Event(), threading.Event()
+    write_files = SharedMetrics._write_files
+
+    def slowly(self: SharedMetrics, files: Mapping[str, Mapping[str, float]]) -> None:
+        if not inside.is_set():
+            inside.set()
+            assert not others.wait(0.2), "two threads write the same files at once"
+        else:
+            others.set()
+        write_files(self, files)
+
+    monkeypatch.setattr(SharedMetrics, "_write_files", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(shared.write)
+        assert inside.wait(20)
+        threads.submit(shared.write).result()
+        first.result()
 
 
 async def test_what_a_process_shows_to_others_is_written_again_and_again(
