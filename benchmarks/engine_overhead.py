@@ -26,10 +26,10 @@ class NullExecutor:
     def __init__(self, num_blocks: int) -> None:
         self.layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=1, block_size=16, dtype="int32")
         self.memory = HostMemory(self.layout, num_blocks)
-        self.layer_groups = (1,)
+        self.layer_groups: tuple[int, ...] = (1,)
         self.vocab_size = 32_000
         self.max_model_len = 1 << 20
-        self.eos_token_ids = (2,)
+        self.eos_token_ids: tuple[int, ...] = (2,)
         self.model_hash = "null"
         self.max_in_flight = 1
         self.seconds = 0.0

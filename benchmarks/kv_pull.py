@@ -30,7 +30,15 @@ from kv_transfer.checksum import checksum
 from kv_transfer.fingerprint import fingerprint
 from kv_transfer.sink import KvSink, SinkConfig
 from kv_transfer.source import KvSource
-from kv_transfer.transports.base import Arrived, Fetch, PieceReader, ServerTransport, SinkTransport
+from kv_transfer.transports.base import (
+    Arrived,
+    Fetch,
+    MappedReader,
+    PieceReader,
+    ServerTransport,
+    SinkTransport,
+    StageReader,
+)
 from kv_transfer.transports.shared_memory import SharedMemoryServer, SharedMemorySink, host_boot_id
 from kv_transfer.transports.tcp import TcpSink
 from kv_transfer.transports.tcp_server import TcpServer
@@ -134,7 +142,9 @@ class Gate:
         self._inner = inner
 
     def connect(self, address: str, key: bytes, size: int) -> PieceReader:
-        return GatedReader(self._inner.connect(address, key, size), self.opened)
+        reader = self._inner.connect(address, key, size)
+        assert not isinstance(reader, MappedReader | StageReader)
+        return GatedReader(reader, self.opened)
 
 
 class GatedReader:

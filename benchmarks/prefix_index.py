@@ -60,7 +60,9 @@ def sequences(num_workers: int, num_blocks: int, length: int) -> None:
     index = PrefixIndex()
     slots = [index.open() for _ in range(num_workers)]
     prefixes = [[rng.getrandbits(64) for _ in range(length // 4)] for _ in range(4)]
-    queries, removed, store_s = [], [], 0.0
+    queries: list[list[int]] = []
+    removed: list[list[int]] = []
+    store_s = 0.0
     for number in range(num_blocks // length):
         sequence = rng.choice(prefixes) + [rng.getrandbits(64) for _ in range(length - length // 4)]
         start = time.perf_counter()

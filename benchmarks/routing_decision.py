@@ -59,14 +59,13 @@ class Prompt:
         return self._hashes
 
 
-def report(state: WorkerState, rng: random.Random, turn: int) -> None:
+def report(state: WorkerState, rng: random.Random) -> None:
     is_decode = state.description.role == DECODE
     state.report(
         pb.Load(
             num_running=rng.randrange(20, 100) if is_decode else 1,
             num_free_blocks=rng.randrange(5_000, 15_000),
             queue_us=0 if is_decode else rng.randrange(2_000_000),
-            turn=turn,
             model=pb.StepModel(
                 base_s=0.004, prefill_token_s=2e-5, pair_s=1e-9, decode_s=rng.uniform(2e-5, 3e-5), kv_token_s=3e-8
             ),
@@ -93,11 +92,11 @@ def measure(num_workers: int, num_requests: int, num_tokens: int, num_reports: i
         ends = [rng.randrange(PREFIX_BLOCKS) if ragged else PREFIX_BLOCKS for _ in range(2)]
         held = [prefix[:end] for prefix, end in zip(rng.sample(prefixes, 2), ends, strict=True)]
         states.append(placement.attach(f"w{number}", described, [each for part in held for each in part]))
-        report(states[-1], rng, 0)
+        report(states[-1], rng)
     requests_s = []
     for number in range(num_requests):
         for state in rng.sample(states, min(num_workers, num_reports)):
-            report(state, rng, number + 1)
+            report(state, rng)
         tail = [rng.getrandbits(63) for _ in range(num_tokens // BLOCK_SIZE - PREFIX_BLOCKS)]
         prompt = Prompt(RequestFacts(num_tokens, 500), rng.choice(prefixes) + tail)
         start = time.thread_time()

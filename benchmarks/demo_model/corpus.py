@@ -136,7 +136,7 @@ def _dependencies() -> Iterator[tuple[str, str]]:
     listed = project["dependencies"] + [each for extra in project["optional-dependencies"].values() for each in extra]
     for name in sorted({re.split(r"[<>=\[ ]", each)[0] for each in listed}, key=str.lower):
         try:
-            metadata = importlib.metadata.metadata(name)
+            metadata: Any = importlib.metadata.metadata(name)  # an email.message.Message, whose `get` is not declared
         except importlib.metadata.PackageNotFoundError:
             continue
         classifiers = [

@@ -165,7 +165,7 @@ def arguments(value: Any) -> tuple[str, ...] | None:
         signature = inspect.signature(value)
     except (ValueError, TypeError, AttributeError):  # AttributeError: a default that is not there outside a terminal
         return None
-    shown = []
+    shown: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.name in ("self", "cls", "type", "mcs") and not shown:
             continue

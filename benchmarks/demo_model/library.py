@@ -5,6 +5,7 @@ import random
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from benchmarks.demo_model.facts import Fact
 from benchmarks.demo_model.language import (
@@ -99,9 +100,7 @@ class Library:
         ]
         for usable, weight, patterns, reply in ways:
             if usable:
-                makers.append(
-                    (weight, lambda patterns=patterns, reply=reply: self._named(rng, patterns, reply, fact, held_out))
-                )  # type: ignore[misc]
+                makers.append((weight, partial(self._named, rng, patterns, reply, fact, held_out)))
         if fact.kind not in ("module", "method") and fact.module != "builtins":
             makers.append((1.5, lambda: self._where(rng, fact, held_out)))
         if fact.summary and fact.kind != "module":

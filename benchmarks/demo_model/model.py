@@ -99,6 +99,8 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(HIDDEN, EPS)
         inverse = ROPE_THETA ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
         angles = torch.outer(torch.arange(MAX_MODEL_LEN, dtype=torch.float32), inverse).repeat(1, 2)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, weight in self.named_parameters():
@@ -125,7 +127,7 @@ def save(model: Llama, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     weights = {f"model.{name}": weight.detach().to(torch.bfloat16).cpu() for name, weight in model.named_parameters()}
     files = list(_files(weights))
-    places = {}
+    places: dict[str, str] = {}
     for number, file in enumerate(files, start=1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
         save_file(file, path / name, metadata={"format": "pt"})

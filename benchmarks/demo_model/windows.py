@@ -49,6 +49,7 @@ def dialogue_rows(
     """Dialogues of a shard; learnt is what the assistant says, and that it ends."""
     rng = random.Random(f"{SEED}/{shard}/{held_out}")
     end = tokenizer.token_to_id(END)
+    assert end is not None
     rows: list[Rows] = []
     packed = _packed(_dialogue_pieces(dialogues, tokenizer, rng, held_out), end)
     while len(rows) < num_rows:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.attention.base import AttentionLayer, Span
-from engine.attention.flashinfer import FlashInferAttention
+from engine.attention.flashinfer import FlashInferAttention, Group
 from engine.layers.rotary import Rotation
 
 BLOCK_SIZE = 16
@@ -95,7 +95,13 @@ class Bench:
                 step.attend(layer, heads[:, : self.num_heads])
 
         ms = gpu_ms(run) / len(self.layers)
-        return ms, host_us(lambda: self.attention.begin_step(spans, None).groups[0].plan_for(self.layers[0]))
+
+        def prepare() -> None:
+            group = self.attention.begin_step(spans, None).groups[0]
+            assert isinstance(group, Group)
+            group.plan_for(self.layers[0])
+
+        return ms, host_us(prepare)
 
     def num_flops(self, sizes: Sequence[tuple[int, int]]) -> float:
         seen = sum(num_tokens * start + num_tokens * (num_tokens + 1) / 2 for start, num_tokens in sizes)

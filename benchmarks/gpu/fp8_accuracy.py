@@ -82,7 +82,7 @@ def all_logits(path: Path, args: argparse.Namespace, chunk: int, **options: Any)
         recorded.append(logits.float().cpu())
         return logits
 
-    executor._model.logits = record
+    executor._model.logits = record  # type: ignore[method-assign]
     # One more than is fed: the last position, too, is asked about its next token.
     ids = text_ids(path) if args.model else random_ids(executor.vocab_size)
     sequences = [list(itertools.islice(ids, length + 1)) for _ in range(args.sequences)]

@@ -19,7 +19,8 @@ import asyncio
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from threading import Event
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from engine.kv.device_memory import DeviceMemory
-from engine.kv.layout import KvLayout
+from engine.kv.layout import BlockId, KvLayout
 from engine.message_server import MessageServer
 from kv_transfer.copy_stream import CopyStream
 from kv_transfer.device_copier import DeviceCopier
@@ -77,8 +78,8 @@ def sink_of(name: str) -> SinkTransport:
     return TcpSink(TOKEN)
 
 
-def scattered(num_blocks: int) -> list[int]:
-    return np.random.default_rng(0).permutation(num_blocks).tolist()
+def scattered(num_blocks: int) -> list[BlockId]:
+    return [BlockId(block) for block in np.random.default_rng(0).permutation(num_blocks).tolist()]
 
 
 async def run_source(args: argparse.Namespace, parent: Connection) -> None:
@@ -151,7 +152,7 @@ async def measure(args: argparse.Namespace, child: Connection) -> None:
         other = torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE)
         times: dict[str, list[float]] = {"copy": [], "gather": [], "pull": [], "handoff": []}
         for _ in range(args.rounds + 1):  # the first warms up
-            times["copy"].append(timed(lambda other=other: plain_copy(ours.tensor[: len(other)], other)))
+            times["copy"].append(timed(partial(plain_copy, ours.tensor[: len(other)], other)))
             if isinstance(reader, MappedReader):
                 times["gather"].append(gather(stream, reader, ours, num_tokens))
             started, pulled_s = await pull(sink, child, ours, num_tokens)
@@ -160,7 +161,7 @@ async def measure(args: argparse.Namespace, child: Connection) -> None:
         del other
         report(num_tokens, num_bytes, times)
     await sink.close()
-    if reader is not None:
+    if isinstance(reader, MappedReader):
         check(reader, ours, max(args.tokens))
         reader.close()
 
@@ -207,7 +208,7 @@ def check(reader: MappedReader, ours: DeviceMemory, num_tokens: int) -> None:
     assert torch.equal(theirs[blocks], mine[: len(blocks)]), "another content"
 
 
-def report(num_tokens: int, num_bytes: int, times: dict[str, Sequence[float]]) -> None:
+def report(num_tokens: int, num_bytes: int, times: Mapping[str, Sequence[float]]) -> None:
     print(f"{num_tokens} tokens, {num_bytes / GIB:.2f} GiB")
     medians = {name: statistics.median(values[1:]) for name, values in times.items() if values}
     for name, median in medians.items():
