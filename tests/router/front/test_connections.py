@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import os
 import socket
+import struct
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
+import uvloop
 
 from engine.request import FinishReason, Request
 from router.generation import Delta, GenerationFailed, Overloaded
-from router.server import MAX_AHEAD_BYTES, BoundedProtocol, DescriptorWatch, ServerConfig
+from router.server import MAX_AHEAD_BYTES, BoundedProtocol, ClientConnection, DescriptorWatch, ServerConfig
 from router.tokenizer import Tokenizer
 from tests.router.front.fakes import Step, read_answer, running, saying, until
 
@@ -56,15 +59,23 @@ class Recorded:
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[bytes]]:
     """What the server has written to its last connection."""
-    made = BoundedProtocol.connection_made
-    seen: list[Recorded] = []
+    made, os_write = BoundedProtocol.connection_made, os.write
+    seen: dict[int, Recorded] = {}
 
     def connection_made(self: BoundedProtocol, transport: asyncio.Transport) -> None:
-        seen.append(Recorded(transport))
-        made(self, cast(asyncio.Transport, seen[-1]))
+        recorded = Recorded(transport)
+        seen.clear()
+        seen[transport.get_extra_info("socket").fileno()] = recorded
+        made(self, cast(asyncio.Transport, recorded))
+
+    def write(descriptor: int, data: bytes) -> int:
+        if descriptor in seen:
+            seen[descriptor].writes.append(data)
+        return os_write(descriptor, data)
 
     monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
-    return lambda: seen[-1].writes
+    monkeypatch.setattr("router.server.os.write", write)
+    return lambda: next(iter(seen.values())).writes
 
 
 async def test_a_stream_is_written_once_for_each_token(tokenizer: Tokenizer, writes: Callable[[], list[bytes]]) -> None:
@@ -83,6 +94,45 @@ async def test_a_stream_is_written_once_for_each_token(tokenizer: Tokenizer, wri
     assert writes()[0].startswith(b"HTTP/1.1 200")
     assert writes()[2].endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert b"".join(writes()).count(b"data: {") == body.count(b"data: {") == 3
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_parts_that_the_kernel_has_no_room_for_arrive_whole_and_in_order(run: Callable[[Any], None]) -> None:
+    parts = [b"%d" % number * size for number, size in enumerate((3_000_000, *range(1, 200)))]
+
+    async def write_all() -> None:
+        loop = asyncio.get_running_loop()
+        made: asyncio.Future[asyncio.Transport] = loop.create_future()
+
+        class Server(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+                made.set_result(cast(asyncio.Transport, transport))
+
+        server = await loop.create_server(Server, "127.0.0.1", 0)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(server.sockets[0].getsockname())
+            client.setblocking(False)
+            transport = await made
+            connection = ClientConnection(transport, transport.get_extra_info("socket").fileno())
+            expected = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+            for _ in range(2):  # the second time with room again
+                assert not transport.get_write_buffer_size()
+                assert connection.write(parts[0])
+                assert transport.get_write_buffer_size()
+                received = bytearray(client.recv(1 << 20))  # now the kernel has room before the transport knows
+                assert all(connection.write(part) for part in parts[1:])
+                while len(received) < len(expected):
+                    received += await asyncio.wait_for(loop.sock_recv(client, 1 << 20), 20)
+                assert received == expected
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        for _ in range(3):
+            connection.write(parts[1])
+        await until(transport.is_closing)
+        server.close()
+
+    run(write_all())
 
 
 async def test_the_last_events_of_several_choices_are_all_written(

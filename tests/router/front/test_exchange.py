@@ -131,7 +131,7 @@ async def test_a_refused_body_is_dropped_before_its_error_is_answered() -> None:
 
 
 def client() -> ClientConnection:
-    return ClientConnection(cast(asyncio.Transport, None))  # nothing is written to it
+    return ClientConnection(cast(asyncio.Transport, None), -1)  # nothing is written to it
 
 
 async def answer_until_gone(exchange: Exchange) -> None:
