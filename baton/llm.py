@@ -25,6 +25,14 @@ Increments = Generator[Increment, None, None]
 Params = SamplingParams | Sequence[SamplingParams]
 
 REMOTE_NUM_SEQS = 64  # requests sent to a server at once
+
+_MAX_LIMIT = {  # more is an accident, and more threads end the process without a word
+    "max_model_len": 1 << 30,
+    "max_batch_tokens": 1 << 20,
+    "max_num_seqs": 1 << 20,
+    "threads": 1024,
+    "block_size": 1 << 16,
+}
 LOOKAHEAD = 8  # jobs begun beyond the oldest unfinished one, in multiples of what runs at once
 
 
@@ -56,6 +64,15 @@ class LLM:
         api_key: str | None = None,
         timeout: float = 600.0,
     ) -> None:
+        _check_limits(
+            max_model_len=max_model_len,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            threads=threads,
+            block_size=block_size,
+        )
+        if not timeout > 0:
+            raise ValueError(f"timeout: {timeout!r} is not allowed; allowed: seconds, above 0")
         # Imported here: either backend is heavy, and a process needs one.
         if url is not None:
             from baton.llm_remote import RemoteBackend
@@ -192,6 +209,13 @@ class LLM:
                 raise event
         finally:
             cancel()
+
+
+def _check_limits(**limits: int | None) -> None:
+    """Raises ValueError for one that is no count."""
+    for name, value in limits.items():
+        if value is not None and (type(value) is not int or not 1 <= value <= _MAX_LIMIT[name]):
+            raise ValueError(f"{name}: {value!r} is not allowed; allowed: whole numbers from 1 to {_MAX_LIMIT[name]}")
 
 
 def _paired(prompts: Sequence[T], params: Params | None) -> Iterator[tuple[T, SamplingParams]]:

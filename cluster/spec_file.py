@@ -31,6 +31,8 @@ def load_spec(path: Path | str) -> ClusterSpec:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise SpecError([f"{path}: cannot be read: {error.strerror}"]) from None
+    except RecursionError:
+        raise SpecError([f"{path}: lists or mappings are nested too deeply"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(data, dict):

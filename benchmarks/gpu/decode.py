@@ -43,17 +43,24 @@ COLUMNS = {
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128, 256, 512], help="sequences at once")
+    options.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        help="sequences at once (default: 1 32 128 256 512; without a GPU 1 32)",
+    )
     options.add_argument("--input", type=int, default=128, help="prompt tokens (default: %(default)s)")
     options.add_argument("--output", type=int, default=256, help="tokens to generate (default: %(default)s)")
     options.add_argument("--no-idle", action="store_true", help="leave out the profiler's pass")
     args = options.parse_args()
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    args.batch = args.batch or ([1, 32, 128, 256, 512] if on_gpu else [1, 32])
     shape = Shape.of(CONFIGS[args.config])
     floors = measure_floors(args)
     with engine_for(args, max_num_seqs=max(args.batch)) as engine:
         decode_seconds(engine, shape, args, args.batch[0], "warm")
         rows = [measure(engine, shape, floors, args, batch) for batch in args.batch]
-        if torch.cuda.is_available() and args.device != "cpu" and not args.no_idle:
+        if on_gpu and not args.no_idle:
             for row in rows:
                 row["idle between us"], row["idle in all us"] = idle_microseconds(engine, shape, args, row["batch"])
     show(args, floors, COLUMNS, rows)
@@ -61,6 +68,8 @@ def main() -> None:
 
 def measure(engine: Engine, shape: Shape, floors: Floors, args: argparse.Namespace, batch: int) -> dict[str, Any]:
     seconds = decode_seconds(engine, shape, args, batch, f"batch-{batch}")
+    if not seconds:
+        raise SystemExit(f"--batch {batch}: the first answers end before so many sequences run; raise --output")
     layout = engine.executor.layout
     kv_bytes = batch * (args.input + args.output / 2) * layout.block_bytes / layout.block_size
     floor = (shape.weight_bytes(args.quantization) + kv_bytes) / floors.copy_bytes_per_s

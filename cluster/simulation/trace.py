@@ -10,7 +10,7 @@ later request that shares all full blocks of a prompt and is at least as long as
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -27,6 +27,7 @@ from router.params import PRIORITIES
 TRACE_BLOCK = 512  # tokens a hash id stands for
 WINDOW_S = 3.0  # Mooncake's clock ticks so; arrivals are drawn anew within windows of this length
 MAX_TOKENS = 1 << 30  # of a prompt or an answer
+MAX_TIMESTAMP_MS = 1e13  # three centuries: milliseconds since 1970, too
 MAX_ID = (1 << 48) - 1  # names of blocks are made of ids in 64 bits
 _SCRAMBLE = 0x9E3779B97F4A7C15  # odd, so multiplication modulo 2**64 keeps names apart
 
@@ -151,7 +152,7 @@ _Limit = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class _MooncakeLine(msgspec.Struct):
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    timestamp: Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMESTAMP_MS)]
     input_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     output_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_ID)]]
@@ -176,24 +177,33 @@ def _mooncake_rows(lines: Iterator[str]) -> Iterator[_Row]:
         except msgspec.MsgspecError as error:
             raise TraceError(f"line {number}: {error}") from None
         row = _Row(data.timestamp / 1000, data.input_length, data.output_length, data.hash_ids, data.hints)
-        if len(row.ids) != -(-row.num_prompt_tokens // TRACE_BLOCK):
+        num_blocks = -(-row.num_prompt_tokens // TRACE_BLOCK)
+        if len(row.ids) != num_blocks:
             raise TraceError(
-                f"line {number}: hash_ids: {len(row.ids)} for {row.num_prompt_tokens} tokens in blocks of 512"
+                f"line {number}: hash_ids: {len(row.ids)} are given; input_length {row.num_prompt_tokens} needs"
+                f" {num_blocks}, one for each block of {TRACE_BLOCK} tokens"
             )
         yield row
 
 
 def _azure_rows(lines: Iterator[str]) -> Iterator[_Row]:
     for number, line in enumerate(csv.DictReader(lines), 2):
+        written = line.get("TIMESTAMP")
         try:
-            seconds = datetime.fromisoformat(line["TIMESTAMP"][:26]).timestamp()
-            counts = [(field, int(line[field])) for field in ("ContextTokens", "GeneratedTokens")]
-        except (ValueError, TypeError, KeyError) as error:
-            raise TraceError(f"line {number}: {type(error).__name__}: {error}") from None
-        for field, count in counts:
-            if not 0 <= count <= MAX_TOKENS:
-                raise TraceError(f"line {number}: {field}: {count} is not allowed; allowed: 0 to {MAX_TOKENS}")
-        yield _Row(seconds, max(1, counts[0][1]), max(1, counts[1][1]), ())
+            seconds = datetime.fromisoformat((written or "")[:26]).timestamp()
+        except (ValueError, OverflowError):
+            allowed = "a time such as 2023-11-16 18:15:46.680590"
+            raise TraceError(f"line {number}: TIMESTAMP: {written!r} is not allowed; allowed: {allowed}") from None
+        num_prompt, num_output = (_azure_count(line, field, number) for field in ("ContextTokens", "GeneratedTokens"))
+        yield _Row(seconds, num_prompt, num_output, ())
+
+
+def _azure_count(line: Mapping[str, str | None], field: str, number: int) -> int:
+    """One at least, as all requests here have."""
+    written = line.get(field)
+    if written is None or not written.strip().isdecimal() or len(written) > 16 or int(written) > MAX_TOKENS:
+        raise TraceError(f"line {number}: {field}: {written!r} is not allowed; allowed: 0 to {MAX_TOKENS}")
+    return max(1, int(written))
 
 
 def _with_answers(rows: Sequence[_Row]) -> list[TraceRequest]:

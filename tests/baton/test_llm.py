@@ -1,6 +1,7 @@
 """`LLM` with the engine in this process, against `transformers` on the same checkpoint."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -255,6 +256,27 @@ def test_wrong_arguments_are_refused_in_words(checkpoint):
         LLM()
     with pytest.raises(ValueError, match="kv_cache_memory must be a size"):
         LLM(str(checkpoint), kv_cache_memory="lots")
+
+
+@pytest.mark.parametrize("where", [{"model": "m"}, {"url": "http://127.0.0.1:1"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"threads": 0},
+        {"threads": 100_000},
+        {"threads": "x"},
+        {"max_num_seqs": 0},
+        {"max_num_seqs": -5},
+        {"max_batch_tokens": True},
+        {"max_model_len": -1},
+        {"block_size": 1.5},
+        {"timeout": -1},
+        {"timeout": math.nan},
+    ],
+)
+def test_limits_that_are_no_counts_are_refused_by_name(where, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: .* is not allowed; allowed: "):
+        LLM(**where, **wrong)
 
 
 def test_a_message_without_content_is_refused_by_name(llm):

@@ -284,6 +284,7 @@ def test_paths_are_relative_to_the_spec(tmp_path: Path) -> None:
         (b"model: \xff\xfe\n", "not YAML"),
         (b"model: !!python/object/apply:os.system ['true']\n", "not YAML"),
         (b"? [model]\n: x\n", "not YAML"),
+        (b"model: " + b"[" * 2000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_spec_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

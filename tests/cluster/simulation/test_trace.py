@@ -132,11 +132,12 @@ def test_prompts_of_an_azure_trace_have_nothing_in_common(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("1000000000000,44", "line 2: ContextTokens: 1000000000000 is not allowed; allowed: 0 to 1073741824"),
-        ("-5,44", "line 2: ContextTokens: -5 is not allowed"),
-        ("100,1073741825", "line 2: GeneratedTokens: 1073741825 is not allowed"),
-        ("x,44", "line 2: ValueError"),
-        ("100", "line 2: TypeError"),
+        ("1000000000000,44", "line 2: ContextTokens: '1000000000000' is not allowed; allowed: 0 to 1073741824"),
+        ("-5,44", "line 2: ContextTokens: '-5' is not allowed"),
+        ("100,1073741825", "line 2: GeneratedTokens: '1073741825' is not allowed"),
+        ("x,44", "line 2: ContextTokens: 'x' is not allowed; allowed: 0 to 1073741824"),
+        pytest.param("1" * 5000 + ",44", "line 2: ContextTokens: .* is not allowed", id="longer than an int"),
+        ("100", "line 2: GeneratedTokens: None is not allowed"),
         pytest.param("1" * 200_000 + ",44", "field larger than field limit", id="long"),
     ],
 )
@@ -144,6 +145,17 @@ def test_an_azure_row_that_is_none_is_refused_with_the_line(tmp_path: Path, row:
     path = tmp_path / "azure.csv"
     path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,{row}\n")
     with pytest.raises(TraceError, match=message):
+        load_trace(path)
+
+
+@pytest.mark.parametrize("time", ["0001-01-01 00:00:00", "soon", ""])
+def test_an_azure_row_without_a_time_is_refused_with_the_line(tmp_path: Path, time: str) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,1,1\n{time},1,1\n")
+    with pytest.raises(TraceError, match=f"line 3: TIMESTAMP: '{time}' is not allowed; allowed: a time such as 2"):
+        load_trace(path)
+    path.write_text("time,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6,1,1\n")
+    with pytest.raises(TraceError, match="line 2: TIMESTAMP: None is not allowed"):
         load_trace(path)
 
 
@@ -168,6 +180,10 @@ def test_arrivals_stay_in_their_window_and_order_and_differ_by_seed() -> None:
             "line 1: (JSON is malformed|Input data was truncated)",
         ),
         ('{"timestamp": 1e999, "input_length": 1, "output_length": 1, "hash_ids": [1]}', "line 1: Number out of range"),
+        (
+            '{"timestamp": 1e300, "input_length": 1, "output_length": 1, "hash_ids": [1]}',
+            r"line 1: Expected `float` <= 1\S+ - at `\$.timestamp`",
+        ),
         ('{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": []}', ">= 1.*input_length"),
         ('{"timestamp": 0, "input_length": "6", "output_length": 1, "hash_ids": [1]}', "got `str`.*input_length"),
         ('{"timestamp": 0, "input_length": 6.5, "output_length": 1, "hash_ids": [1]}', "got `float`.*input_length"),
@@ -186,7 +202,10 @@ def test_arrivals_stay_in_their_window_and_order_and_differ_by_seed() -> None:
             '{"timestamp": 0, "input_length": 6, "output_length": 1, "hash_ids": [1], "slo_tpot_ms": 0}',
             "> 0.*slo_tpot_ms",
         ),
-        ('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "hash_ids: 1 for 600 tokens"),
+        (
+            '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1]}',
+            "hash_ids: 1 are given; input_length 600 needs 2,",
+        ),
         ("", "holds no request"),
         ("\n\n", "holds no request"),
     ],
