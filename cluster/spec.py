@@ -435,7 +435,10 @@ def _check_pool(spec: ClusterSpec, pool: PoolSettings) -> Iterator[str]:
             f"{spec.max_model_len} needs {-(-spec.max_model_len // pool.block_size)} blocks of {pool.block_size} tokens"
         )
     if pool.engine in COMPILED and pool.role == "decode":
-        yield f"decode.engine: {pool.engine!r} is not allowed: engines are compiled for prefill only; allowed: torch"
+        yield (
+            f"decode.engine: {pool.engine!r} is not allowed: engines are compiled for prefill only; "
+            "allowed: torch, or simulated"
+        )
     if pool.engine in ("tensorrt", "onnx") and pool.kv_dtype == "fp8":
         yield f"{pool.role}: kv_cache.dtype 'fp8' is not allowed with engine {pool.engine}; allowed: auto, or torch"
     if pool.engine == "simulated" and (spec.max_model_len or 0) > spec.simulated.max_model_len:

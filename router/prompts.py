@@ -109,8 +109,10 @@ class PromptEncoder:
 
     def _check_length(self, prompt: str | Sequence[Any], param: str) -> None:
         if len(prompt) > self._max_chars:
-            what = "characters" if isinstance(prompt, str) else "token ids"
-            message = f"{len(prompt)} {what} are more than any prompt of this model can hold ({self._max_chars})"
+            message = f"{len(prompt)} characters are more than any prompt of this model can hold ({self._max_chars})"
+            if not isinstance(prompt, str):
+                fit = self._card.max_model_len
+                message = f"{len(prompt)} token ids are too many: {fit} fit, more than {self._max_chars} are not read"
             raise InvalidRequest(message, param=param, code="context_length_exceeded")
 
     def _check_conversation(self, fields: ChatBody | TokenizeBody) -> None:

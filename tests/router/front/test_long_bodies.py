@@ -136,6 +136,7 @@ async def test_ids_that_no_context_could_hold_are_refused_unread(tokenizer: Toke
         for prompt in ([5] * 10_000, [[5] * 10_000]):
             _, _, answer = await server.post("/v1/completions", {"prompt": prompt, "truncate_prompt_tokens": 1})
             assert answer["error"]["code"] == "context_length_exceeded"
+            assert "10000 token ids are too many: 256 fit, more than 8192 are not read" in answer["error"]["message"]
     assert "check_ids" not in recorder.here | recorder.in_threads
 
 
