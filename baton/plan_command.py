@@ -22,9 +22,9 @@ from baton.simulate_command import (
     need_writable,
     parse_slo,
     read_trace,
+    step_profile,
     transfer_speed,
 )
-from baton.step_profiles import load_profile
 from cluster.spec import ClusterSpec, SloSpec
 from cluster.spec_errors import SpecError
 from cluster.spec_file import load_spec, parse_spec, plain_data
@@ -119,7 +119,7 @@ def plan_command(
 
 
 def _profiles(spec: ClusterSpec, names: list[str] | None) -> "list[StepProfile]":
-    profiles = [load_profile(name) for name in names or [spec.simulated.profile or DEFAULT_PROFILE]]
+    profiles = [step_profile(spec, name) for name in names or (None,)]
     sizes = [each.measured.tensor_parallel for each in profiles]
     if len(set(sizes)) < len(sizes):
         raise SpecError([f"--profile: tensor_parallel {sizes} are not all different; give one profile for each size"])

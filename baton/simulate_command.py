@@ -188,7 +188,9 @@ def read_trace(path: Path, max_requests: int | None) -> "Trace":
 
 
 def step_profile(spec: ClusterSpec, name: str | None) -> "StepProfile":
-    return load_profile(name or spec.simulated.profile or DEFAULT_PROFILE)
+    if name is not None:
+        return load_profile(name, "--profile")
+    return load_profile(spec.simulated.profile or DEFAULT_PROFILE)
 
 
 def transfer_speed(profile: "StepProfile", bandwidth: float | None) -> "TransferSpeed | None":
@@ -197,7 +199,7 @@ def transfer_speed(profile: "StepProfile", bandwidth: float | None) -> "Transfer
     if bandwidth is None:
         return None
     if not MIN_BANDWIDTH <= bandwidth < math.inf:
-        raise SpecError([f"--bandwidth: {bandwidth:g} is not allowed; allowed: at least {MIN_BANDWIDTH}"])
+        raise SpecError([f"--bandwidth: {bandwidth:g} is not allowed; allowed: finite, at least {MIN_BANDWIDTH}"])
     transfer = profile.measured.transfer
     return TransferSpeed(bandwidth * 1e9, transfer.latency_s if transfer else 0.0)
 
@@ -210,11 +212,12 @@ def parse_slo(text: str) -> "Slo":
     for part in text.split(","):
         name, _, value = part.partition("=")
         try:
-            values[name.strip()] = float(value)
+            seconds = float(value)
         except ValueError:
-            values[name.strip()] = 0.0
+            seconds = 0.0
+        values[name.strip()] = 0.0 if name.strip() in values else seconds
     if set(values) != {"ttft", "tpot"} or not all(0 < value <= MAX_SLO_S for value in values.values()):
-        allowed = f"both in seconds, at most {MAX_SLO_S}, such as ttft=2,tpot=0.05"
+        allowed = f"both once, in seconds, above 0 and at most {MAX_SLO_S}, such as ttft=2,tpot=0.05"
         raise SpecError([f"--slo: {text!r} is not allowed; allowed: {allowed}"])
     return Slo(values["ttft"], values["tpot"])
 

@@ -149,7 +149,8 @@ def test_plan_on_many_requests_says_nothing_of_chance(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--slo", "ttft=2"], "--slo: 'ttft=2' is not allowed; allowed: both in seconds"),
+        (["--slo", "ttft=2"], "--slo: 'ttft=2' is not allowed; allowed: both once, in seconds, above 0"),
+        (["--slo", "ttft=2,tpot=1,ttft=3"], "--slo: 'ttft=2,tpot=1,ttft=3' is not allowed"),
         (["--policy", "best"], "--policy: 'best' is not known; allowed: prefix_aware, round_robin"),
         (["--slo", "ttft=nan,tpot=1"], "--slo: 'ttft=nan,tpot=1' is not allowed"),
         (["--seed", "-1"], "Invalid value for '--seed'"),
@@ -160,12 +161,12 @@ def test_plan_on_many_requests_says_nothing_of_chance(
         (["--rate-scale", "inf"], "--rate-scale: inf is not allowed"),
         (["--slo", "ttft=inf,tpot=1"], "--slo: 'ttft=inf,tpot=1' is not allowed"),
         (["--bandwidth", "-1"], "--bandwidth: -1 is not allowed"),
-        (["--bandwidth", "1e-6"], "--bandwidth: 1e-06 is not allowed; allowed: at least 0.001"),
+        (["--bandwidth", "1e-6"], "--bandwidth: 1e-06 is not allowed; allowed: finite, at least 0.001"),
         (["--bandwidth", "nan"], "--bandwidth: nan is not allowed"),
         (["--json", "nowhere/out.json"], "--json: nowhere/out.json cannot be written"),
         (["--plot", "/"], "--plot: / cannot be written"),
         (["--block-size", "48"], "--block-size: 48 is not allowed"),
-        (["--profile", "nowhere"], "profile: 'nowhere' is no file"),
+        (["--profile", "nowhere"], "--profile: 'nowhere' is no file"),
     ],
 )
 def test_a_wrong_option_is_named(
