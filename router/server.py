@@ -278,7 +278,7 @@ class ClientConnection:
         if not transport.is_closing():
             head = _CHUNK_HEADS[size] if size < len(_CHUNK_HEADS) else b"%x\r\n" % size
             data = b"".join((head, part, b"\r\n"))
-            if not transport.get_write_buffer_size():  # straight to the kernel: a token costs a tenth less so
+            if not transport.get_write_buffer_size():  # straight to the kernel, past the loop's queue of writes
                 try:
                     num_sent = os.write(self._descriptor, data)
                 except OSError:  # the client has no room, or is gone, which the transport will find, too
