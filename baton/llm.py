@@ -41,7 +41,8 @@ class LLM:
 
     The engine's options (`device` to `block_size`) mean nothing with `url`; `api_key` and `timeout` (seconds a
     request may take) mean nothing without. With `url`, `model` may stay None where the server has one model.
-    Raises ValueError for an option that is not allowed or a checkpoint that cannot be served, ConnectionError when there is no server.
+    Raises ValueError for an option that is not allowed or a checkpoint that cannot be served, ConnectionError when
+    there is no server.
     """
 
     def __init__(
