@@ -8,9 +8,10 @@ one at a time.
 
 CPU is that of the router's processes. Latencies depend on what else the machine does; the floor is the median of
 requests one after another, as the client sees it, and less what the workers say that they queued, computed and moved.
-Beside the CPU of an output token stands its own floor: a bare server on the router's core that writes as many bytes to
-as many connections, as often. A shared machine's cores are fast and slow by turns, so beside each figure stands how
-slow the router's core was meanwhile, beside its best during the benchmark, and the figure that this makes.
+Beside each figure of the bare connections stands its floor, measured next: what a process on the router's core takes
+that only hands the bytes on, at the same pace. A shared machine's cores are fast and slow by turns, so beside each
+figure stands how slow the router's core was meanwhile, beside its best during the benchmark, and the figure that this
+makes.
 
     python -m benchmarks.frontend --help
 """
@@ -38,7 +39,7 @@ import uvloop
 
 from baton.demo_model import demo_model
 from benchmarks._arguments import positive
-from benchmarks._bare_writes import write_floor
+from benchmarks._bare_relay import Relayed, relay_floor
 from benchmarks._core_speed import CoreSpeed
 from cluster.launcher import LocalCluster
 from cluster.spec import ClusterSpec
@@ -303,6 +304,11 @@ class Bench:
         cpu = self._router.cpu() - before
         return replace(measured, cpu=cpu, slowdown=self._speed.slowdown(began, time.monotonic()))
 
+    async def relay(self, num_connections: int, num_output: int, answer_s: float) -> Relayed:
+        """What bare relaying costs where an answer takes `answer_s`."""
+        cores = os.sched_getaffinity(self._router.pid)
+        return await relay_floor(num_connections, num_output, answer_s / num_output, cores, self._pool)
+
     async def at(self, name: str, client: Any, num_connections: int, num_requests: int, num_output: int) -> None:
         got = await self.run(client, num_connections, num_requests, num_output)
         each_ms = 1e3 * got.cpu / num_requests
@@ -312,8 +318,12 @@ class Bench:
             f"({each_ms / TARGET_REQUEST_MS:4.2f} of the target {TARGET_REQUEST_MS}), "
             f"{_at_best(each_ms, got.slowdown)}, {num_requests / got.elapsed:5.0f} requests/s, "
             f"p50 {1e3 * statistics.median(ranked):6.2f} ms, p99 {1e3 * ranked[int(0.99 * len(ranked))]:6.2f} ms",
+            end="\n" if client is not raw else "",
             flush=True,
         )
+        if client is raw:
+            relay = await self.relay(num_connections, num_output, statistics.median(ranked))
+            print(f"; bare relay {1e3 * relay.cpu:.2f} ms CPU a request")
 
     async def floor(self, num_output: int) -> None:
         got = await self.run(raw, 1, NUM_FLOOR, num_output, timeline=True)
@@ -333,6 +343,8 @@ class Bench:
                 f"{_at_best(front_ms, got.slowdown)}",
                 flush=True,
             )
+        relay = await self.relay(1, num_output, statistics.median(computed))
+        print(f"bare relay, whole answer: {1e3 * relay.latency:.2f} ms")
 
     async def token(self, num_connections: int, short: int, long: int) -> None:
         """The slope between answers of two lengths."""
@@ -340,13 +352,13 @@ class Bench:
         many = await self.run(raw, num_connections, 2 * num_connections, long)
         token_us = 1e6 * (many.cpu - few.cpu) / (2 * num_connections * (long - short))
         per_second = 2 * num_connections * long / many.elapsed
-        cores = os.sched_getaffinity(self._router.pid)
-        floor_us = 1e6 * await write_floor(num_connections, per_second, cores, self._pool)
+        relay = await self.relay(num_connections, long, long * num_connections / per_second)
+        floor_us = 1e6 * relay.cpu / long
         print(
             f"long streams, {num_connections} connections, {long} tokens: {token_us:.1f} us CPU an output token "
             f"({token_us / TARGET_TOKEN_US:.2f} of the target {TARGET_TOKEN_US:.0f}), "
             f"{_at_best(token_us, many.slowdown)}, {per_second:.0f} tokens/s; "
-            f"bare writes {floor_us:.1f} us ({token_us / floor_us:.1f} times that)",
+            f"bare relay {floor_us:.1f} us ({token_us / floor_us:.1f} times that)",
             flush=True,
         )
 
