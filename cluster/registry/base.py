@@ -49,10 +49,14 @@ class RegistryUnavailable(Exception):
 
 
 class LeaseStore(Protocol):
-    """Where leases are kept. Each call has a deadline; `put` and `scan` raise RegistryUnavailable."""
+    """Where leases are kept. Each call has a deadline; all but `aclose` raise RegistryUnavailable."""
 
     async def put(self, lease: Lease) -> None:
         """Store or replace the lease of a worker id."""
+        ...
+
+    async def get(self, worker_id: WorkerId) -> Lease | None:
+        """The lease of a worker id; None: it has ended, or there was none."""
         ...
 
     async def scan(self) -> list[Lease]:
@@ -119,7 +123,8 @@ class Registry:
     async def register(self, record: WorkerRecord) -> AsyncIterator[None]:
         """Keep `record` in the registry while the context is open, and say goodbye at its end.
 
-        A store that is away delays this and is retried; it never ends the worker.
+        A store that is away delays this and is retried; it never ends the worker. A process that registers the same
+        worker id later replaces this one for good: two that took turns would lose each other's requests.
         """
         await self._put(record)
         heartbeat = asyncio.create_task(self._keep_alive(record), name=f"lease of {record.worker_id}")
@@ -132,12 +137,8 @@ class Registry:
 
     async def deregister(self, record: WorkerRecord) -> None:
         """Tell the routers that this life of the worker is over, unless its next one has already begun."""
-        try:
-            if any(_succeeds(lease, record) for lease in await self._store.scan()):
-                return
-        except RegistryUnavailable:
-            pass
-        await self._put(record, left=True)
+        if await self._successor(record) is None:
+            await self._put(record, left=True)
 
     async def watch(self) -> AsyncGenerator[Joined | Left, None]:
         """Everyone present first, then every change, until the consumer stops iterating."""
@@ -166,15 +167,27 @@ class Registry:
     async def _keep_alive(self, record: WorkerRecord) -> None:
         while True:
             await self._sleep(self._ttl / 3)
+            successor = await self._successor(record)
+            if successor is not None:
+                log.error(
+                    "another process has started as %s, at %s; this one gets no more requests. Running workers of a "
+                    "pool need an --index each",
+                    record.worker_id,
+                    successor.address,
+                )
+                return
             await self._put(record)
+
+    async def _successor(self, record: WorkerRecord) -> WorkerRecord | None:
+        """The next life of the worker of `record`, if it has begun as far as is known."""
+        try:
+            lease = await self._store.get(record.worker_id)
+        except RegistryUnavailable:
+            return None
+        return None if lease is None or lease.left or lease.record.epoch == record.epoch else lease.record
 
     async def _put(self, record: WorkerRecord, *, left: bool = False) -> None:
         try:
             await self._store.put(Lease(record, self._ttl, left))
         except RegistryUnavailable as error:
             log.warning("%s could not store its lease: %s", record.worker_id, error)
-
-
-def _succeeds(lease: Lease, record: WorkerRecord) -> bool:
-    """Whether `lease` belongs to another life of the worker of `record`."""
-    return lease.record.worker_id == record.worker_id and lease.record.epoch != record.epoch and not lease.left

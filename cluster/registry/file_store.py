@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.registry.base import Lease, RegistryUnavailable
+from cluster.spec import WorkerId
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class FileLeaseStore:
             fresh.replace(self._directory / f"{name}{SUFFIX}")
         except OSError as error:
             raise RegistryUnavailable(str(error)) from None
+
+    async def get(self, worker_id: WorkerId) -> Lease | None:
+        return next((lease for lease in await self.scan() if lease.record.worker_id == worker_id), None)
 
     async def scan(self) -> list[Lease]:
         try:

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cluster.registry.base import Lease, RegistryUnavailable
+from cluster.spec import WorkerId
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,11 @@ class RedisLeaseStore:
             before, is_new = await commands.execute()
             if is_new or before != value:
                 await self._redis.incr(self._num_changes)
+
+    async def get(self, worker_id: WorkerId) -> Lease | None:
+        async with self._exchange():
+            value = await self._redis.get(f"{self._members}:{worker_id}")
+        return None if value is None else self._decoded(value)
 
     async def scan(self) -> list[Lease]:
         async with self._exchange():

@@ -119,6 +119,30 @@ async def test_the_end_of_an_old_life_does_not_end_the_new_one(make_store: Store
     await store.aclose()
 
 
+async def test_of_two_that_register_one_id_the_later_stays_and_the_other_says_why(
+    make_store: StoreFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = record(epoch=1), record(epoch=2, address="127.0.0.1:7001")
+    async with (
+        registry_over(make_store()) as one,
+        registry_over(make_store()) as other,
+        registry_over(make_store()) as router,
+        one.register(first),
+        watching(router) as change,
+    ):
+        assert await change() == joined(first)
+        async with other.register(second):
+            assert await change() == Left("decode-0")
+            assert await change() == joined(second)
+            nothing = change()
+            done, _ = await asyncio.wait({nothing}, timeout=2.5 * TTL)
+            assert not done
+        assert await nothing == Left("decode-0")
+    (said,) = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert "another process has started as decode-0, at 127.0.0.1:7001" in said
+    assert "--index" in said
+
+
 async def test_many_workers_and_routers_agree(make_store: StoreFactory) -> None:
     records = [record(f"decode-{index}") for index in range(12)]
     async with contextlib.AsyncExitStack() as exits:
@@ -145,6 +169,9 @@ class BrokenStore:
     async def put(self, lease: Lease) -> None:
         self._check()
         self.leases[lease.record.worker_id] = lease
+
+    async def get(self, worker_id: WorkerId) -> Lease | None:
+        return self.leases.get(worker_id)
 
     async def scan(self) -> list[Lease]:
         self._check()
