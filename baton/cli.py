@@ -23,6 +23,7 @@ from baton.generate import generate_command
 from baton.plan_command import plan_command
 from baton.profile_command import profile_command
 from baton.simulate_command import simulate_command
+from cluster.credentials import read_api_keys, read_token
 from cluster.run_dir import with_run_dir
 from cluster.spec import ClusterSpec, Role
 from cluster.spec_errors import SpecError
@@ -192,13 +193,32 @@ def spec_command(
         raise typer.BadParameter("give one of --check, --schema and --print")
     if check and path is None:
         raise typer.BadParameter("--check needs a SPEC")
-    spec = load_spec(path) if path else None
+    loaded = load_spec(path) if path else None
     if schema:
         typer.echo(json.dumps(ClusterSpec.model_json_schema(), indent=2))
-    elif check:
+    elif check and loaded is not None:
         typer.echo(f"{path} is right")
+        for problem in _problems_here(loaded):
+            typer.echo(f"baton: on this machine: {problem}", err=True)
     else:
-        typer.echo(explained_yaml(spec), nl=False)
+        typer.echo(explained_yaml(loaded), nl=False)
+
+
+def _problems_here(spec: ClusterSpec) -> list[str]:
+    """Of the files that the spec names: the machines that it is for may have others."""
+    from baton.step_profiles import load_profile
+
+    def read_profile(spec: ClusterSpec) -> None:
+        if spec.simulated.profile is not None:
+            load_profile(spec.simulated.profile)
+
+    problems = []
+    for read in (read_token, read_api_keys, read_profile):
+        try:
+            read(spec)
+        except SpecError as error:
+            problems += error.problems
+    return problems
 
 
 @app.command("version")

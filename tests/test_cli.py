@@ -185,6 +185,20 @@ def test_a_right_spec_is_said_to_be_right(run: Run, spec_path: Path) -> None:
     assert run("spec", str(spec_path), "--check") == (0, f"{spec_path} is right\n", "")
 
 
+def test_checking_a_spec_says_what_this_machine_lacks_of_its_files(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("model: /nowhere\nengine: simulated\nsimulated: {profile: h100}\nsecurity: {token_file: token}\n")
+    status, out, err = run("spec", str(path), "--check")
+    assert (status, out) == (0, f"{path} is right\n")
+    token, profile = err.splitlines()
+    assert token == (
+        f"baton: on this machine: security.token_file: '{tmp_path / 'token'}' cannot be read: No such file or directory"
+    )
+    assert profile.startswith(
+        "baton: on this machine: simulated.profile: 'h100' is no file; allowed: a path, or one of"
+    )
+
+
 def test_the_schema_knows_the_fields_and_refuses_others(run: Run) -> None:
     _, out, _ = run("spec", "--schema")
     schema = json.loads(out)

@@ -190,7 +190,8 @@ def make_pool(layout: KvLayout, num_blocks: int, device: torch.device) -> Device
         free, total = torch.cuda.mem_get_info(device)
         raise ValueError(
             f"{num_blocks} KV blocks of {layout.block_bytes} bytes need {num_blocks * layout.block_bytes / GIB:.1f} "
-            f"GiB, and {free / GIB:.1f} of the GPU's {total / GIB:.1f} GiB are free"
+            f"GiB, and {free / GIB:.1f} of the GPU's {total / GIB:.1f} GiB are free. Lower kv_cache.memory or "
+            "kv_cache.num_blocks"
         ) from error
 
 

@@ -12,7 +12,7 @@ def check_memory(layout: KvLayout, num_blocks: int, available: int) -> None:
         raise ValueError(
             f"{num_blocks} KV blocks of {layout.block_bytes} bytes need {needed / 2**30:.1f} GiB, and "
             f"{available / 2**30:.1f} GiB are available beside the weights; "
-            f"at most {max(0, available) // layout.block_bytes} fit"
+            f"at most {max(0, available) // layout.block_bytes} fit. Lower kv_cache.memory or kv_cache.num_blocks"
         )
 
 
