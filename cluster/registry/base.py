@@ -124,7 +124,7 @@ class Registry:
         """Keep `record` in the registry while the context is open, and say goodbye at its end.
 
         A store that is away delays this and is retried; it never ends the worker. A process that registers the same
-        worker id later replaces this one for good: two that took turns would lose each other's requests.
+        worker id later replaces this one while it lives: routers attach to one of the two, not to each by turns.
         """
         await self._put(record)
         heartbeat = asyncio.create_task(self._keep_alive(record), name=f"lease of {record.worker_id}")
@@ -165,18 +165,20 @@ class Registry:
         await self._store.aclose()
 
     async def _keep_alive(self, record: WorkerRecord) -> None:
+        replaced = False
         while True:
             await self._sleep(self._ttl / 3)
             successor = await self._successor(record)
-            if successor is not None:
+            if successor is None:
+                await self._put(record)
+            elif not replaced:
                 log.error(
-                    "another process has started as %s, at %s; this one gets no more requests. Running workers of a "
-                    "pool need an --index each",
+                    "another process has started as %s, at %s; this one gets no requests while that runs. Each of a "
+                    "pool's workers needs its own --index",
                     record.worker_id,
                     successor.address,
                 )
-                return
-            await self._put(record)
+            replaced = successor is not None
 
     async def _successor(self, record: WorkerRecord) -> WorkerRecord | None:
         """The next life of the worker of `record`, if it has begun as far as is known."""

@@ -119,7 +119,7 @@ async def test_the_end_of_an_old_life_does_not_end_the_new_one(make_store: Store
     await store.aclose()
 
 
-async def test_of_two_that_register_one_id_the_later_stays_and_the_other_says_why(
+async def test_of_two_that_register_one_id_the_later_counts_while_it_lives(
     make_store: StoreFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = record(epoch=1), record(epoch=2, address="127.0.0.1:7001")
@@ -138,6 +138,7 @@ async def test_of_two_that_register_one_id_the_later_stays_and_the_other_says_wh
             done, _ = await asyncio.wait({nothing}, timeout=2.5 * TTL)
             assert not done
         assert await nothing == Left("decode-0")
+        assert await change() == joined(first)
     (said,) = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
     assert "another process has started as decode-0, at 127.0.0.1:7001" in said
     assert "--index" in said
