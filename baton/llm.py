@@ -4,11 +4,12 @@ It owns a backend (`baton.llm_local` or `baton.llm_remote`, loaded only when use
 and iterators. Whatever ends an iteration early (an error, Ctrl-C, a `break`) cancels what is still under way.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from operator import index
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Literal, Self, TypeVar, cast
+from typing import Literal, Self, cast
 
 from rich.console import Console
 
@@ -19,7 +20,6 @@ from cluster.spec import KvDtype, Load
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 
-T = TypeVar("T")
 Prompt = str | Sequence[int]
 Increments = Generator[Increment, None, None]
 Params = SamplingParams | Sequence[SamplingParams]
@@ -116,9 +116,10 @@ class LLM:
         there are several prompts and stderr is a terminal. The first request that fails cancels the others and
         raises; an InvalidRequest says which prompt.
         """
+        _check_list("prompts", prompts, "a text, token ids, or a list of these")
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         many = [cast(Prompt, prompts)] if single else list(cast(Sequence[Prompt], prompts))
-        return self._all([Job(*pair) for pair in _paired(many, params)], progress)
+        return self._all(_jobs(many, params), progress)
 
     def chat(
         self,
@@ -128,17 +129,18 @@ class LLM:
         progress: bool = True,
     ) -> list[RequestOutput]:
         """The same for one conversation, or several, through the checkpoint's chat template."""
+        _check_list("messages", messages, "a list of messages, or a list of such lists")
         single = bool(messages) and isinstance(messages[0], Mapping)
         many = [cast(Sequence[Message], messages)] if single else list(cast(Sequence[Sequence[Message]], messages))
-        return self._all([Job(*pair) for pair in _paired([Conversation(each) for each in many], params)], progress)
+        return self._all(_jobs([Conversation(each) for each in many], params), progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Increments:
         """The same text as `generate`, as it comes. With `n` choices, their increments arrive interleaved."""
-        return self._stream(Job(prompt, params or SamplingParams()))
+        return self._stream(_job(prompt, params or SamplingParams()))
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Increments:
         """The same text as `chat`, as it comes."""
-        return self._stream(Job(Conversation(messages), params or SamplingParams()))
+        return self._stream(_job(Conversation(messages), params or SamplingParams()))
 
     def run(self, jobs: Iterable[Job | Exception]) -> Generator[tuple[int, Ended], None, None]:
         """Run any number of jobs in bounded memory: yields (place of the job, output or error) as each ends.
@@ -219,13 +221,45 @@ def _check_limits(**limits: int | None) -> None:
             raise ValueError(f"{name}: {value!r} is not allowed; allowed: whole numbers from 1 to {_MAX_LIMIT[name]}")
 
 
-def _paired(prompts: Sequence[T], params: Params | None) -> Iterator[tuple[T, SamplingParams]]:
-    each = (
-        [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-    )
+def _check_list(name: str, value: object, wanted: str) -> None:
+    """Raises InvalidRequest for what has no length and order."""
+    if not isinstance(value, Sequence):
+        raise InvalidRequest(f"{name} must be {wanted}, not {value!r:.100}", param=name)
+
+
+def _jobs(prompts: Sequence[Prompt | Conversation], params: Params | None) -> list[Job]:
+    """Raises InvalidRequest for what is no prompt, or no parameters."""
+    if params is None or isinstance(params, SamplingParams):
+        each: Sequence[SamplingParams] = [params or SamplingParams()] * len(prompts)
+    else:
+        _check_list("params", params, "SamplingParams, or a list of them")
+        each = params
     if len(each) != len(prompts):
         raise InvalidRequest(f"{len(prompts)} prompts came with {len(each)} sampling parameters", param="params")
-    return zip(prompts, each, strict=True)
+    jobs = []
+    for place, pair in enumerate(zip(prompts, each, strict=True)):
+        try:
+            jobs.append(_job(*pair))
+        except InvalidRequest as error:
+            raise _located(error, place, len(prompts)) from None
+    return jobs
+
+
+def _job(prompt: Prompt | Conversation, params: SamplingParams) -> Job:
+    """Raises InvalidRequest for another type than these."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params must be SamplingParams, not {params!r:.100}", param="params")
+    if isinstance(prompt, Conversation):
+        messages = prompt.messages
+        if not isinstance(messages, Sequence) or not all(isinstance(each, Mapping) for each in messages):
+            raise InvalidRequest(f"messages must be a list of mappings, not {messages!r:.100}", param="messages")
+    elif not isinstance(prompt, str):
+        try:
+            prompt = tuple(map(index, prompt))
+        except TypeError:
+            message = f"a prompt must be a text or a list of token ids, not {prompt!r:.100}"
+            raise InvalidRequest(message, param="prompt") from None
+    return Job(prompt, params)
 
 
 def _located(error: Exception, place: int, num_jobs: int) -> Exception:

@@ -73,6 +73,9 @@ class RemoteBackend:
         self._loop.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> Callable[[], None]:
+        if self._closed:
+            work.close()
+            raise RuntimeError("the LLM was closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
 
         def cancel() -> None:

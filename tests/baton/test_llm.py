@@ -251,6 +251,28 @@ def test_a_closed_llm_refuses_and_closes_again(checkpoint):
         llm.generate("a", GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate(5), "prompts must be a text, token ids, or a list of these, not 5"),
+        (lambda llm: llm.generate(["a", 5.5]), "prompt 1: a prompt must be a text or a list of token ids, not 5.5"),
+        (lambda llm: llm.generate([1, "a"]), "a prompt must be a text or a list of token ids, not [1, 'a']"),
+        (lambda llm: llm.generate("a", 5), "params must be SamplingParams, or a list of them, not 5"),
+        (lambda llm: llm.generate(["a"], [5]), "params must be SamplingParams, not 5"),
+        (lambda llm: list(llm.stream(5)), "a prompt must be a text or a list of token ids, not 5"),
+        (lambda llm: list(llm.stream("a", 5)), "params must be SamplingParams, not 5"),
+        (lambda llm: llm.chat(5), "messages must be a list of messages, or a list of such lists, not 5"),
+        (lambda llm: llm.chat([[{}], [5]]), "prompt 1: messages must be a list of mappings, not [5]"),
+        (lambda llm: list(llm.stream_chat("hi")), "messages must be a list of mappings, not 'hi'"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_in_words(checkpoint, call, message):
+    with LLM(str(checkpoint), kv_cache_memory="1MiB", threads=1) as llm:
+        with pytest.raises(InvalidRequest) as refused:
+            call(llm)
+        assert refused.value.message == message
+
+
 def test_wrong_arguments_are_refused_in_words(checkpoint):
     with pytest.raises(ValueError, match="or the url of a server"):
         LLM()

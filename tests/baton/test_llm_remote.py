@@ -69,6 +69,16 @@ def test_a_server_gives_what_the_engine_in_this_process_gives(local, remote, par
     assert remote.chat(MESSAGES, params)[0].prompt_token_ids == local.chat(MESSAGES, params)[0].prompt_token_ids
 
 
+def test_a_closed_llm_refuses(server):
+    llm = LLM(url=server.url)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="the LLM was closed"):
+        llm.generate(["a", "b"])
+    with pytest.raises(RuntimeError, match="the LLM was closed"):
+        list(llm.stream("a"))
+
+
 def test_log_probabilities_come_over_the_wire(local, remote):
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=2, ignore_eos=True)
     for ours, theirs in zip(
