@@ -13,6 +13,7 @@ and copies each index tensor on its own. Here a step's index tensors travel in o
 waits for the device. All of it runs on the stream that is current when a step begins.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from engine.attention.indices import (
 from engine.kernels.decode_attention import decode_attention
 from engine.kernels.rope_kv import rotate_and_store
 from engine.layers.rotary import Rotation
+
+log = logging.getLogger(__name__)
 
 FA3_TILE = 128  # rows, of one query head, that a thread block of "fa3" works on, one on each multiprocessor
 FA2_TILE = 64  # rows, of all query heads of a kv head, that "fa2" rounds up to, or twice that
@@ -138,6 +141,7 @@ class FlashInferAttention:
         if self.major == 9:
             kernels += [FRESH_PROMPTS, PROMPTS] if self.kv.dtype == self.dtype else [FRESH_PROMPTS]
         keys = {self._module_key(kernel, layer) for kernel in kernels for layer in layers}
+        log.info("loading %d attention kernels; those new to this machine are compiled, which takes minutes", len(keys))
         with ThreadPoolExecutor(len(keys)) as pool:
             list(pool.map(lambda key: get_batch_prefill_module(*key), keys))
 

@@ -22,7 +22,7 @@ from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.executor_contract import CHECKS
 from tests.engine.test_sampler import random_logits, random_spec
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]  # a fresh machine compiles attention kernels first
 
 FP8_KV_DIVERGENCE = 0.02  # nats; a small random model feels it more than a large one (benchmarks/gpu/fp8_accuracy.py)
 
