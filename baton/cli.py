@@ -23,7 +23,7 @@ from baton.generate import generate_command
 from baton.plan_command import plan_command
 from baton.profile_command import profile_command
 from baton.simulate_command import simulate_command
-from cluster.credentials import read_api_keys, read_token
+from cluster.credentials import check_secrets
 from cluster.run_dir import with_run_dir
 from cluster.spec import ClusterSpec, Role
 from cluster.spec_errors import SpecError
@@ -208,14 +208,14 @@ def _problems_here(spec: ClusterSpec) -> list[str]:
     """Of the files that the spec names: the machines that it is for may have others."""
     from baton.step_profiles import load_profile
 
-    def read_profile(spec: ClusterSpec) -> None:
+    def check_profile(spec: ClusterSpec) -> None:
         if spec.simulated.profile is not None:
             load_profile(spec.simulated.profile)
 
     problems = []
-    for read in (read_token, read_api_keys, read_profile):
+    for check in (check_secrets, check_profile):
         try:
-            read(spec)
+            check(spec)
         except SpecError as error:
             problems += error.problems
     return problems

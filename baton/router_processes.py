@@ -19,7 +19,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from baton.signals import DRAIN_GRACE_S, stop_signals
 from cluster.checkpoint import resolve_model, spec_errors
-from cluster.credentials import read_api_keys, read_token
+from cluster.credentials import check_secrets
 from cluster.process import Command, ending
 from cluster.spec import ClusterSpec
 from cluster.spec_errors import SpecError
@@ -68,8 +68,7 @@ async def run_router_processes(spec: ClusterSpec, spec_path: Path, *, index: int
     router = spec.router
     if router.port == 0:
         raise SpecError([f"router.port: 0 is not allowed with {router.workers} router processes; allowed: 1 to 65535"])
-    for read in (read_token, read_api_keys):  # here once, rather than in every process again and again
-        read(spec)
+    check_secrets(spec)  # like the checkpoint, here once rather than in every process again and again
     with spec_errors():
         resolve_model(spec.model, spec.load)
     check_free(router.host, router.port)  # processes that share a port would share it with anybody

@@ -28,6 +28,18 @@ def read_api_keys(spec: ClusterSpec) -> tuple[str, ...]:
     return tuple(_checked(field, path, key) for key in keys or [b""])
 
 
+def check_secrets(spec: ClusterSpec) -> None:
+    """Before processes start that would each fail by themselves. Raises SpecError with all problems."""
+    problems = []
+    for read in (read_token, read_api_keys):
+        try:
+            read(spec)
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(problems)
+
+
 def _read(field: str, path: str) -> bytes:
     try:
         mode = Path(path).stat().st_mode

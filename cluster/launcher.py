@@ -20,7 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster.addresses import free_port, loopback_host
 from cluster.checkpoint import model_config, resolve_model
-from cluster.credentials import read_api_keys, read_token
+from cluster.credentials import check_secrets, read_api_keys
 from cluster.devices import GPU_MEMORY_FRACTION, visible_gpus, workers_per_gpu
 from cluster.process import Command, ending, last_lines
 from cluster.registry.file_store import clear_leases
@@ -43,8 +43,7 @@ ROUTER_ENVIRON = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 def on_this_machine(spec: ClusterSpec, environ: Mapping[str, str]) -> ClusterSpec:
     """The spec in effect: what it leaves open for one machine is decided. Raises SpecError."""
-    for read in (read_token, read_api_keys):  # before any process starts, too: each would fail by itself later
-        read(spec)
+    check_secrets(spec)
     for role in ROLES:
         pool = spec.pool(role)
         if pool.port and pool.replicas > 1:

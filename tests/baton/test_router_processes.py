@@ -229,3 +229,17 @@ async def test_port_0_cannot_be_shared(spec_path: Path, tmp_path: Path) -> None:
         _, errors = await router.communicate()
     assert router.returncode == 2
     assert b"router.port: 0 is not allowed with 3 router processes" in errors
+
+
+async def test_secrets_that_cannot_be_read_are_said_once(spec_path: Path, tmp_path: Path) -> None:
+    spec = load_spec(spec_path)
+    router = spec.router.model_copy(update={"api_key_file": str(tmp_path / "keys")})
+    security = spec.security.model_copy(update={"token_file": str(tmp_path / "token")})
+    save_spec(spec.model_copy(update={"router": router, "security": security}), tmp_path / "secret.yaml")
+    async with started("router", tmp_path / "secret.yaml", "--workers", "2") as process:
+        _, errors = await process.communicate()
+    assert process.returncode == 2
+    assert errors.decode().splitlines() == [
+        f"baton: {field}: '{tmp_path / name}' cannot be read: No such file or directory"
+        for field, name in (("security.token_file", "token"), ("router.api_key_file", "keys"))
+    ]
