@@ -21,6 +21,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import platform
 import random
 import re
 import statistics
@@ -411,7 +412,8 @@ async def main() -> None:
             pin_apart(router, cluster, args.processes)
             speed = stack.enter_context(CoreSpeed(os.sched_getaffinity(router.pid)))
             form = f"{'ids' if args.ids else 'text'}, {'whole' if args.whole else 'streamed'}"
-            print(f"{args.input} tokens in ({form}), {args.output} out, {args.workers}P{args.workers}D")
+            of = f"{args.workers}P{args.workers}D, Python {platform.python_version()}"
+            print(f"{args.input} tokens in ({form}), {args.output} out, {of}")
             prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
             bench = Bench(cluster.url, router, speed, pool, prompts, stream=not args.whole, poll=args.poll)
             await measure(bench, args)
