@@ -412,8 +412,8 @@ async def main() -> None:
             pin_apart(router, cluster, args.processes)
             speed = stack.enter_context(CoreSpeed(os.sched_getaffinity(router.pid)))
             form = f"{'ids' if args.ids else 'text'}, {'whole' if args.whole else 'streamed'}"
-            of = f"{args.workers}P{args.workers}D, Python {platform.python_version()}"
-            print(f"{args.input} tokens in ({form}), {args.output} out, {of}")
+            pools = f"{args.workers}P{args.workers}D, Python {platform.python_version()}"
+            print(f"{args.input} tokens in ({form}), {args.output} out, {pools}")
             prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
             bench = Bench(cluster.url, router, speed, pool, prompts, stream=not args.whole, poll=args.poll)
             await measure(bench, args)
