@@ -375,6 +375,8 @@ async def measure(bench: Bench, args: argparse.Namespace) -> None:
         await bench.at("raw", raw, num_connections, min(args.requests, 400 * num_connections), args.output)
     for num_connections in () if args.raw_only else args.connections:
         await bench.at("openai", openai_client, num_connections, min(args.requests // 3, 1024), args.output)
+    # In real answers a few thousand tokens are most of them; here each is as likely as any other to be new.
+    await bench.run(raw, 64, 128, args.long)
     for num_connections in (several for several in args.connections if several > 1):
         await bench.token(num_connections, args.output, args.long)
 

@@ -19,6 +19,7 @@ from protos import worker_pb2 as pb
 LoneToken = tuple[int, int, int]  # handle, index, token id
 
 _LONE_TOKEN = Struct("<QII")
+LONE_TOKEN_BYTES = _LONE_TOKEN.size
 
 _FINISH_TO_PB = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,

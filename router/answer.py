@@ -13,7 +13,8 @@ from router.choices import Choice, Pace, Piece, run_choices
 from router.detokenizer import Decoder
 from router.errors import ClientGone
 from router.exchange import Exchange
-from router.generation import DeadlineExceeded, Generator, LoneTokens
+from router.generation import DeadlineExceeded, GenerationStream, Generator, LoneTokens
+from router.lanes import EventTexts
 from router.metrics import ABORTED, FAILED, Histogram, Metrics
 from router.responses import DONE, Envelope, Format, timeline_body, usage
 
@@ -44,6 +45,7 @@ class Answerer:
         self._metrics = metrics
         self._clock = clock
         self._stream_interval = stream_interval
+        self._texts = EventTexts()
 
     async def answer(self, exchange: Exchange, job: Job) -> None:
         """Raises what the generator raises, and ClientGone. Every generation is closed on return."""
@@ -61,7 +63,7 @@ class Answerer:
             self._metrics.finished[end] += len(unfinished)
 
     async def _events(self, exchange: Exchange, job: Job) -> None:
-        with _Events(self._metrics, self._clock, job, exchange, self._stream_interval) as reader:
+        with _Events(self._metrics, self._clock, job, exchange, self._stream_interval, self._texts) as reader:
             await run_choices(self._generator, job.choices, job.deadline, reader)
         extra = self._extra(job, with_usage=job.envelope.include_usage)
         last = job.format.last_event(b"," + msgspec.json.encode(extra)[1:-1]) if extra else b""
@@ -120,13 +122,20 @@ class _Watch:
 class _Events(_Watch):
     """The reader of a streamed answer."""
 
-    __slots__ = ("_exchange", "_format", "_tail", "interval")
+    __slots__ = ("_exchange", "_format", "_tail", "_texts", "interval")
 
     def __init__(
-        self, metrics: Metrics, clock: Callable[[], float], job: Job, exchange: Exchange, interval: int
+        self,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        job: Job,
+        exchange: Exchange,
+        interval: int,
+        texts: EventTexts,
     ) -> None:
         super().__init__(metrics, clock, job)
         self.interval = interval
+        self._texts = texts
         self._exchange = exchange
         self._format = job.format
         self._tail: bytes | None = b',"usage":null' if job.envelope.include_usage else b""
@@ -144,8 +153,12 @@ class _Events(_Watch):
     def lone(self, choice: Choice) -> LoneTokens | None:
         if self._tail is None or self._format.extras:
             return None
-        around = self._format.around(choice.index, self._tail)
-        lone = _LoneEvents(choice.text.decoder, self._metrics.inter_token, self._clock, self._exchange, around)
+        around, exchange = self._format.around(choice.index, self._tail), self._exchange
+        lone = _LoneEvents(choice.text.decoder, self._metrics.inter_token, self._clock, exchange, around, self._texts)
+        if len(self._job.choices) == 1:  # several would write to one connection
+            assert choice.stream is not None
+            lone.stream = choice.stream
+            exchange.writer = lone
         choice.pace = lone
         return lone
 
@@ -157,26 +170,27 @@ class _Lone(Pace):
     """Lone tokens of a choice. Among many streams a processor's caches are cold at every token: so one has to touch few
     objects, and few of them are its own."""
 
-    __slots__ = ("_clock", "_decoder", "_inter_token")
+    __slots__ = ("_clock", "_decoder", "inter_token")
 
     def __init__(self, decoder: Decoder, inter_token: Histogram, clock: Callable[[], float]) -> None:
         super().__init__()
         self._decoder = decoder
-        self._inter_token = inter_token
+        self.inter_token = inter_token
         self._clock = clock
 
     def _text(self, token_id: int) -> str:
         text, now = self._decoder.push_token(token_id), self._clock()
-        self._inter_token.observe(now - self.piece_at)
+        self.inter_token.observe(now - self.piece_at)
         self.piece_at = now
         self.num_lone += 1
         return text
 
 
 class _LoneEvents(_Lone):
-    """They become events; `around` is what stands around the text of each."""
+    """They become events; `around` is what stands around the text of each. Where they all have reached the client's
+    connection, the next ones go there by a lane."""
 
-    __slots__ = ("_after", "_before", "_exchange")
+    __slots__ = ("_exchange", "after", "before", "stream", "texts", "vocabulary")
 
     def __init__(
         self,
@@ -185,14 +199,40 @@ class _LoneEvents(_Lone):
         clock: Callable[[], float],
         exchange: Exchange,
         around: tuple[bytes, bytes],
+        texts: EventTexts,
     ) -> None:
         super().__init__(decoder, inter_token, clock)
         self._exchange = exchange
-        self._before, self._after = around
+        self.before, self.after = around
+        self.texts = texts
+        self.vocabulary = texts.vocabulary(decoder.pieces)
+        self.stream: GenerationStream | None = None  # None: no lane
 
     def take(self, token_id: int) -> bool:
+        decoder = self._decoder
+        alone = decoder.at_rest
         text = self._text(token_id)
-        return not text or self._exchange.write_events(b"".join((self._before, _encode(text), self._after)))
+        if not text:
+            return True
+        shown = _encode(text)
+        if alone and decoder.at_rest:
+            self.texts.learn(self.vocabulary, token_id, shown)
+        return self._exchange.write_events(b"".join((self.before, shown, self.after)))
+
+    def written(self, descriptor: int) -> None:
+        if self.stream is not None and self._decoder.at_rest:
+            self.stream.open_lane(self, descriptor)
+
+    def stop(self) -> None:
+        if self.stream is not None:
+            self.stream.close_lane()
+
+    def lane_closed(self, num_tokens: int, last_at: float) -> None:
+        self.num_lone += num_tokens
+        self.piece_at = last_at
+
+    def lane_broke(self, rest: bytes) -> None:
+        self._exchange.write_rest(rest)
 
 
 class _LoneTexts(_Lone):

@@ -129,7 +129,7 @@ class Attempt:
         """Both sessions are attached. `on_prefill` is only for a prefill worker."""
         self._decode.open(self, on_decode)
         if self._prefill is None:
-            self._decode.tokens_to(self._stream.accept_token)
+            self._decode_alone()
             self._submit(self._decode, b"")
         else:
             self._prefill.open(_PrefillSink(self), on_prefill)
@@ -202,7 +202,11 @@ class Attempt:
         if self._prefill is not None and self._handoff_done and arrived:
             self._prefill.close(cancel=False)
             self._prefill = None
-            self._decode.tokens_to(self._stream.accept_token)
+            self._decode_alone()
+
+    def _decode_alone(self) -> None:
+        self._decode.tokens_to(self._stream.accept_token)
+        self._stream.lane_at(self._decode.session.lanes, self._decode.handle)
 
     def _failed(self, leg: _Leg, error: pb.Error) -> None:
         leg.close(cancel=False)  # it has ended there

@@ -30,6 +30,16 @@ class DecoderRules:
 class Decoder(Protocol):
     """Turns one sequence of token ids into text."""
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether it holds nothing: what the next token adds then depends on it alone."""
+        ...
+
+    @property
+    def pieces(self) -> object:
+        """Of what each token is; the same object where the same tokens are the same."""
+        ...
+
     def push(self, token_ids: Sequence[int]) -> str: ...
 
     def push_token(self, token_id: int) -> str:
@@ -114,21 +124,25 @@ class SentencePieces(dict[int, str | int]):
 class ByteLevelDecoder:
     """Joins bytes, and holds back those of a character that is not whole yet."""
 
-    __slots__ = ("_held", "_pieces")
+    __slots__ = ("_held", "pieces")
 
     def __init__(self, pieces: ByteLevelPieces) -> None:
-        self._pieces = pieces
+        self.pieces = pieces
         self._held = b""
+
+    @property
+    def at_rest(self) -> bool:
+        return not self._held
 
     def push_token(self, token_id: int) -> str:
         if not self._held:
-            piece = self._pieces[token_id]
+            piece = self.pieces[token_id]
             if isinstance(piece, str):
                 return piece
         return self.push((token_id,))
 
     def push(self, token_ids: Sequence[int]) -> str:
-        every = [self._pieces[token_id] for token_id in token_ids]
+        every = [self.pieces[token_id] for token_id in token_ids]
         data = self._held + b"".join([piece.encode() if isinstance(piece, str) else piece for piece in every])
         text, num_used = utf_8_decode(data, "replace", False)
         self._held = data[num_used:]
@@ -145,12 +159,16 @@ class SentencePieceDecoder:
     A run that is not UTF-8 becomes one U+FFFD for each byte, so nothing of it is known before its end.
     """
 
-    __slots__ = ("_num_stripped", "_pieces", "_run")
+    __slots__ = ("_num_stripped", "_run", "pieces")
 
     def __init__(self, pieces: SentencePieces, num_stripped: int) -> None:
-        self._pieces = pieces
+        self.pieces = pieces
         self._run = bytearray()
         self._num_stripped = num_stripped  # leading spaces still to drop
+
+    @property
+    def at_rest(self) -> bool:
+        return not (self._run or self._num_stripped)
 
     def push_token(self, token_id: int) -> str:
         return self.push((token_id,))
@@ -158,7 +176,7 @@ class SentencePieceDecoder:
     def push(self, token_ids: Sequence[int]) -> str:
         texts = []
         for token_id in token_ids:
-            piece = self._pieces[token_id]
+            piece = self.pieces[token_id]
             if isinstance(piece, int):
                 self._run.append(piece)
             elif piece:

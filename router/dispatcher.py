@@ -18,6 +18,7 @@ from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, WorkerState
 from router.flight import Flight, RetryConfig, Slo
 from router.generation import NO_HINTS, GenerationFailed, Overloaded, RouteHints
+from router.lanes import Lanes
 from router.membership import Joined, Left, Membership
 from router.metrics import SECONDS, Histogram
 from router.placement import Placed, Placement, PlacementConfig
@@ -75,6 +76,7 @@ class Dispatcher:
         self._secret = secret
         self._router_id = router_id
         self._clock = clock
+        self._lanes = Lanes()
         self._placement: Placement[Flight] = Placement(policy, config.placement, clock)
         self._pumping = False
         self._will_pump = False
@@ -247,6 +249,7 @@ class Dispatcher:
             model=self._model,
             token=self._token,
             router_id=self._router_id,
+            lanes=self._lanes,
             clock=self._clock,
         )
         self._sessions[member.worker_id] = session

@@ -42,6 +42,24 @@ class Connection(Protocol):
         """Writes a part of the body at once. False: the client does not keep up."""
         ...
 
+    def write_rest(self, chunk: bytes) -> bool:
+        """The same of what is left of a chunk that was written to `descriptor`."""
+        ...
+
+    def descriptor(self) -> int:
+        """Takes chunks of the body while nothing else is written, until `on_lost`; negative: not now."""
+        ...
+
+
+class Writer(Protocol):
+    """Who may write events past the exchange."""
+
+    def written(self, descriptor: int) -> None:
+        """All events have been. From now on `descriptor` takes them, as chunks, until others come or `stop`."""
+        ...
+
+    def stop(self) -> None: ...
+
 
 class WriteBatch:
     """The exchanges with events to write at the end of this turn of the loop.
@@ -86,6 +104,7 @@ class Exchange:
         "path",
         "request_id",
         "status",
+        "writer",
     )
 
     def __init__(
@@ -95,6 +114,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.status: int | None = None
+        self.writer: Writer | None = None
         self._connection: Connection = scope["extensions"][CONNECTION]
         self._batch = batch
         self._unsent = b""  # events
@@ -163,6 +183,13 @@ class Exchange:
             self._writing = False  # also if this raises: then what is kept goes with the next flush
             self._writing = self._connection.write(self._unsent)
             self._unsent = b""
+            if self._writing and self.writer is not None and (descriptor := self._connection.descriptor()) >= 0:
+                self.writer.written(descriptor)
+
+    def write_rest(self, chunk: bytes) -> None:
+        """Of a chunk that was written to the connection's descriptor."""
+        self._writing = False
+        self._writing = self._connection.write_rest(chunk)
 
     async def flush(self) -> None:
         """Sends what is kept, and waits until the client has made room."""
@@ -194,6 +221,8 @@ class Exchange:
 
         def end(reason: type[Exception]) -> None:
             nonlocal why
+            if self.writer is not None:
+                self.writer.stop()
             if why is None:
                 why = reason
                 inside.cancel()
@@ -209,7 +238,7 @@ class Exchange:
                 raise why from None
             raise
         finally:
-            connection.on_lost = None
+            connection.on_lost = self.writer = None
             timer.cancel()
 
     async def _next_part(self) -> bytes:

@@ -11,6 +11,7 @@ import msgspec
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
+from router.lanes import LaneEvents
 
 
 class Overloaded(Exception):
@@ -92,6 +93,15 @@ class GenerationStream(Protocol):
         loop's next turn. Returns whether somebody wanted no more. Raises what they raise, and InvalidRequest,
         DeadlineExceeded, GenerationFailed or Overloaded.
         """
+        ...
+
+    def open_lane(self, events: LaneEvents, descriptor: int) -> None:
+        """If `events`, as `lone`, would get the next token: from then on such may be written to `descriptor` directly,
+        until something else comes, or `close_lane`. See router.lanes."""
+        ...
+
+    def close_lane(self) -> None:
+        """Idempotent."""
         ...
 
     async def aclose(self) -> None: ...

@@ -7,6 +7,7 @@ its body. Called by `baton/` inside its event loop (uvloop), which also owns sig
 """
 
 import asyncio
+import fcntl
 import logging
 import math
 import os
@@ -258,11 +259,12 @@ class DescriptorWatch:
 class ClientConnection:
     """Implements router.exchange.Connection: the answer under way is chunked."""
 
-    __slots__ = ("_descriptor", "_transport", "lost", "on_lost", "paused", "whole")
+    __slots__ = ("_descriptor", "_own", "_transport", "lost", "on_lost", "paused", "whole")
 
     def __init__(self, transport: asyncio.Transport, descriptor: int) -> None:
         self._transport = transport
         self._descriptor = descriptor
+        self._own = -1  # another one of the same connection: the loop may close its own, and another get its number
         self.paused = False  # by the transport: the client does not keep up
         self.lost = False
         self.whole = False
@@ -270,8 +272,13 @@ class ClientConnection:
 
     def leave(self) -> None:
         self.lost = True
-        if self.on_lost is not None:
-            self.on_lost()
+        try:
+            if self.on_lost is not None:
+                self.on_lost()
+        finally:
+            if self._own >= 0:
+                os.close(self._own)
+                self._own = -1
 
     def write(self, part: bytes) -> bool:
         transport, size = self._transport, len(part)
@@ -288,6 +295,20 @@ class ClientConnection:
                 data = data[num_sent:]
             transport.write(data)
         return not self.paused
+
+    def write_rest(self, chunk: bytes) -> bool:
+        if not self._transport.is_closing():
+            self._transport.write(chunk)
+        return not self.paused
+
+    def descriptor(self) -> int:
+        transport = self._transport
+        if self.lost or transport.is_closing() or transport.get_write_buffer_size():
+            return -1
+        if self._own < 0:
+            with suppress(OSError):  # there are no more: then the long way
+                self._own = fcntl.fcntl(self._descriptor, fcntl.F_DUPFD_CLOEXEC, 0)
+        return self._own
 
 
 class _Server(uvicorn.Server):

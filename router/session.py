@@ -7,7 +7,6 @@ a frame is missing, nothing arrives for `silence_s`, or the worker runs requests
 """
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Protocol
 from engine.errors import WorkerLost
 from engine.message_stream import MessageStream, StreamLost, connect
 from engine.session import SERVICE
-from engine.wire import lone_tokens_from_bytes
 from protos import worker_pb2 as pb
 from router.cluster_view import DECODE, PREFILL, Reservation, WorkerState
 from router.index_lag import IndexLag
+from router.lanes import Lanes
 from router.membership import Joined
 
 log = logging.getLogger(__name__)
@@ -85,9 +84,11 @@ class WorkerSession:
         model: str,
         token: str,
         router_id: str,
+        lanes: Lanes,
         clock: Callable[[], float],
     ) -> None:
         self.member = member
+        self.lanes = lanes
         self.state: WorkerState | None = None
         self.last_frame_at = clock()
         self.index_lag = IndexLag()
@@ -97,7 +98,6 @@ class WorkerSession:
         self._token = token
         self._router_id = router_id
         self._clock = clock
-        self._handles = itertools.count(1)
         self._sinks: dict[int, Sink] = {}
         self._take_token: dict[int, TakeToken] = {}  # of the same handles
         self._sent: set[int] = set()
@@ -126,7 +126,7 @@ class WorkerSession:
     def open(self, sink: Sink, part: Reservation) -> int:
         """Reserve room for a request that will be submitted; returns its handle. See WorkerState.reserve."""
         assert self.state is not None
-        handle = next(self._handles)
+        handle = self.lanes.new_handle()
         self._sinks[handle] = sink
         self._take_token[handle] = sink.token
         self.state.reserve(handle, part)
@@ -152,7 +152,10 @@ class WorkerSession:
     def close(self, handle: int, *, cancel: bool) -> None:
         """Hear no more of `handle`; with `cancel` the worker drops it too. Idempotent."""
         self._take_token.pop(handle, None)
-        if self._sinks.pop(handle, None) is None or self.state is None:
+        if self._sinks.pop(handle, None) is None:
+            return
+        self.lanes.release(handle)
+        if self.state is None:
             return
         self.state.counted(handle)
         if handle in self._sent:
@@ -275,7 +278,7 @@ class WorkerSession:
     def _hand_out(self, state: WorkerState, frame: pb.Frame) -> None:
         sinks, take_token, pending = self._sinks, self._take_token, state.has_pending
         try:
-            tokens = lone_tokens_from_bytes(frame.tokens)
+            tokens = self.lanes.route(frame.tokens, self.last_frame_at)
         except ValueError as error:
             raise WorkerLost(f"it sent tokens that are none: {error}") from None
         for handle, index, token_id in tokens:
@@ -340,6 +343,7 @@ class WorkerSession:
         self._take_token.clear()
         self._sent.clear()
         self._listener.session_lost(self, reason)
-        for sink in sinks.values():
+        for handle, sink in sinks.items():
+            self.lanes.release(handle)
             sink.lost()
         return True

@@ -3,16 +3,18 @@
 The current attempt writes (`accept`, `fail`), the HTTP front takes deltas where they arrive (`forward`) or iterates.
 Everything that arrived between two takes comes out as one delta, so a slow client costs memory bounded by max_tokens
 and no work per token. A consumer may also ask for several tokens at once.
-Invariant: `token_ids[i]` is output token i, and what was accepted never changes.
+While the next tokens can only be lone ones they may go by a lane (`router.lanes`), which is closed before anything
+else happens here. Invariant: `token_ids[i]` is output token i, and what was accepted never changes.
 """
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason
 from router.generation import Delta, LoneTokens, Timeline
+from router.lanes import LaneEvents, Lanes
 from router.policies import RoutingDecision
 
 _NOTHING: list[Any] = []  # shared, so never added to: a token of a stream touches as little memory as it can
@@ -30,23 +32,26 @@ class TokenStream:
         "_ended",
         "_error",
         "_finish_reason",
+        "_handle",
+        "_in_lane",
         "_interval",
+        "_lanes",
         "_logprobs",
         "_lone",
         "_max_tokens",
         "_num_taken",
         "_on_close",
+        "_token_ids",
         "_waiter",
         "decisions",
         "prompt_logprobs",
         "timeline",
-        "token_ids",
     )
 
     def __init__(self, max_tokens: int, received: float, clock: Callable[[], float]) -> None:
         self.timeline = Timeline(received=received)
         self.prompt_logprobs: list[TokenLogprobs] | None = None
-        self.token_ids: list[int] = []
+        self._token_ids: list[int] = []
         self.decisions: list[RoutingDecision] = []
         self._max_tokens = max_tokens
         self._clock = clock
@@ -62,6 +67,14 @@ class TokenStream:
         self._lone: LoneTokens | None = None  # likewise, and where the consumer has one
         self._armed: LoneTokens | None = None  # that, while the next token goes there: `_num_taken` lags behind then
         self._on_close: Callable[[], None] | None = None
+        self._lanes: Lanes | None = None  # while one worker alone sends tokens, for `_handle`
+        self._handle = 0
+        self._in_lane = False  # `_token_ids` lacks what went there
+
+    @property
+    def token_ids(self) -> list[int]:
+        self.close_lane()
+        return self._token_ids
 
     def on_close(self, callback: Callable[[], None] | None) -> None:
         """`callback` runs when the consumer leaves; None: nothing does."""
@@ -71,6 +84,27 @@ class TokenStream:
     def num_left(self) -> int:
         return self._max_tokens - len(self.token_ids)
 
+    def lane_at(self, lanes: Lanes | None, handle: int = 0) -> None:
+        """Where from now on all tokens come from, one worker; None: from several, or none."""
+        self.close_lane()
+        self._lanes, self._handle = lanes, handle
+
+    def open_lane(self, events: LaneEvents, descriptor: int) -> None:
+        """See GenerationStream.open_lane."""
+        lanes = self._lanes
+        if lanes is not None and cast(object, self._armed) is events and not self._in_lane:
+            self._in_lane = lanes.open(self._handle, self, len(self._token_ids), descriptor, events)
+
+    def close_lane(self) -> None:
+        if self._in_lane:
+            assert self._lanes is not None
+            self._lanes.close(self._handle)
+
+    def lane_closed(self, token_ids: list[int]) -> None:
+        """Called by the lanes."""
+        self._in_lane = False
+        self._token_ids += token_ids
+
     def accept(
         self, index: int, token_ids: list[int], logprobs: list[TokenLogprobs], finish_reason: FinishReason | None
     ) -> bool:
@@ -79,7 +113,7 @@ class TokenStream:
         The lists are the stream's from then on.
         """
         self._disarm()
-        num_known = len(self.token_ids)
+        num_known = len(self._token_ids)
         if index > num_known:
             early = self._early = self._early or {}
             if len(early.get(index, ([],))[0]) <= len(token_ids):
@@ -96,7 +130,9 @@ class TokenStream:
 
     def accept_token(self, index: int, token_id: int) -> bool:
         """`accept` of one token and nothing else, the short way for nearly all tokens of a stream."""
-        lone, token_ids = self._armed, self.token_ids
+        if self._in_lane:
+            self.close_lane()
+        lone, token_ids = self._armed, self._token_ids
         if lone is None:
             waits = index + 1 - self._num_taken < self._interval and index == len(token_ids)
             if waits and self._num_taken and self._early is None and not self._ended:
@@ -115,14 +151,15 @@ class TokenStream:
         return self.accept(index, [token_id], [], None)
 
     def _append_early(self, early: dict[int, _Piece]) -> None:
-        while early and (first := min(early)) <= len(self.token_ids):
+        while early and (first := min(early)) <= len(self._token_ids):
             token_ids, logprobs, finish_reason = early.pop(first)
-            known = len(self.token_ids) - first
+            known = len(self._token_ids) - first
             self._append(token_ids[known:], logprobs[known:], finish_reason)
         self._early = early or None
 
     def discard_early(self) -> None:
         """The attempt is over; the next one starts from what was accepted in order."""
+        self.lane_at(None)
         self._early = None
 
     def finish(self, reason: FinishReason) -> None:
@@ -187,9 +224,9 @@ class TokenStream:
         if self._ended:
             return
         if token_ids:
-            if not self.token_ids:
+            if not self._token_ids:
                 self.timeline.first_token = self._clock()
-            self.token_ids += token_ids
+            self._token_ids += token_ids
             if self._logprobs:
                 self._logprobs += logprobs
             elif logprobs:
@@ -199,10 +236,10 @@ class TokenStream:
             self._finish_reason, self._ended = reason, True
 
     def _take(self) -> Delta | None:
-        reason, num_known = self._finish_reason, len(self.token_ids)
+        reason, num_known = self._finish_reason, len(self._token_ids)
         if self._num_taken == num_known and reason is None:
             return None
-        delta = Delta(self.token_ids[self._num_taken :], self._logprobs, reason)
+        delta = Delta(self._token_ids[self._num_taken :], self._logprobs, reason)
         self._num_taken, self._logprobs = num_known, _NOTHING
         self._finish_reason = None
         return delta
@@ -227,7 +264,8 @@ class TokenStream:
 
     def _disarm(self) -> None:
         if self._armed is not None:
-            self._armed, self._num_taken = None, len(self.token_ids)
+            self.close_lane()
+            self._armed, self._num_taken = None, len(self._token_ids)
 
     def _answer_waiter(self, answer: bool | Exception) -> None:
         """What it waits for; it has all tokens, and is not waiting any more. Unless it has been cancelled meanwhile."""
@@ -244,7 +282,7 @@ class TokenStream:
         waiter, consumer, more = self._waiter, self._consumer, True
         if waiter is None or waiter.done():
             return
-        if self._num_taken and len(self.token_ids) - self._num_taken < self._interval and not self._ended:
+        if self._num_taken and len(self._token_ids) - self._num_taken < self._interval and not self._ended:
             return
         delta = self._take()
         if delta is not None and consumer is not None:

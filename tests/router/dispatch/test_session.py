@@ -9,6 +9,7 @@ import pytest
 from engine.message_stream import StreamLost
 from protos import worker_pb2 as pb
 from router.cluster_view import WorkerState
+from router.lanes import Lanes
 from router.membership import Joined
 from router.session import SessionConfig, WorkerSession
 from tests.router.dispatch.workers import attached, described
@@ -31,6 +32,7 @@ class Worker:
             model="m",
             token="",
             router_id="r",
+            lanes=Lanes(),
             clock=lambda: self.now,
         )
         self._num_frames = 0

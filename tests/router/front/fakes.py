@@ -74,6 +74,12 @@ class FakeStream:
             if self.closed.is_set():
                 return
 
+    def open_lane(self, events: object, descriptor: int) -> None:
+        pass
+
+    def close_lane(self) -> None:
+        pass
+
     async def aclose(self) -> None:
         self.closed.set()
 
