@@ -2,9 +2,13 @@
 
 A whole local cluster runs, started as `baton up` does, with simulated workers that take next to no time. The load
 generator is a process of its own: bare HTTP/1.1 connections, and the `openai` client. The router is pinned to one
-core, everything else to the others. Prompts are text, all different. Each figure stands beside its target; NVIDIA
-Dynamo 1.6.1 takes 1.75 ms of CPU a request for the same load (0.70 ms with its fast tokenizer), and 3.0 ms a request
-one at a time.
+core, everything else to the others. Prompts are text, all different. Each figure stands beside its target. Targets
+were set where NVIDIA Dynamo 1.6.1 took 1.75 ms of CPU a request for the same load, and 3.0 ms a request one at a time.
+With `--dynamo` its front and simulated workers run, too, and each row of the bare connections is measured on it next,
+on the same core: what the core is worth now, both see. It needs a Python of its own:
+
+    python3 -m venv DIR && DIR/bin/pip install uvloop msgspec pyzmq prometheus-client redis aiohttp certifi tqdm \\
+        transformers zstandard pyyaml 'pydantic<2.13.6' && DIR/bin/pip install --no-deps ai-dynamo ai-dynamo-runtime
 
 CPU is that of the router's processes. Latencies depend on what else the machine does; the floor is the median of
 requests one after another, as the client sees it, and less what the workers say that they queued, computed and moved.
@@ -24,12 +28,13 @@ import os
 import platform
 import random
 import re
+import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +47,7 @@ from baton.demo_model import demo_model
 from benchmarks._arguments import positive
 from benchmarks._bare_relay import Relayed, relay_floor
 from benchmarks._core_speed import CoreSpeed
+from benchmarks._dynamo import dynamo
 from cluster.launcher import LocalCluster
 from cluster.spec import ClusterSpec
 from router.tokenizer import load_tokenizer
@@ -80,9 +86,12 @@ class Load:
     stream: bool
     timeline: bool = False  # ask for the workers' times
     poll: bool = False  # never sleep
+    model: str | None = None
+    quick_acks: bool = False  # for a server that waits for acknowledgements (no TCP_NODELAY)
 
     def fields(self, prompt: Any) -> dict[str, Any]:
-        return {"prompt": prompt, "max_tokens": self.num_output, "temperature": 0, "stream": self.stream}
+        fields = {"prompt": prompt, "max_tokens": self.num_output, "temperature": 0, "stream": self.stream}
+        return fields if self.model is None else {**fields, "model": self.model}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +107,15 @@ class Measured:
 class RawConnection(asyncio.Protocol):
     """A bare HTTP/1.1 client on one kept connection: the client's own cost stays out of the latency."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quick_acks: bool = False) -> None:
         self.first_at = 0.0
+        self._quick_acks = quick_acks
         self._received = bytearray()
         self._answer: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none
+        self._acknowledge()
 
     async def post(self, body: bytes, *, timeline: bool) -> dict[str, float]:
         """Returns the workers' times, when asked for."""
@@ -125,12 +136,18 @@ class RawConnection(asyncio.Protocol):
         if not self._received:
             self.first_at = time.perf_counter()
         self._received += data
+        self._acknowledge()
         if self._answer is not None and not self._answer.done() and self._whole():
             self._answer.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(ConnectionError(f"the router closed the connection: {self._received[-500:]!r}"))
+
+    def _acknowledge(self) -> None:
+        if self._quick_acks:  # the kernel forgets it again and again
+            connection = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def _whole(self) -> bool:
         if self._received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
@@ -145,7 +162,8 @@ class RawConnection(asyncio.Protocol):
 async def raw(load: Load) -> Measured:
     loop, host = asyncio.get_running_loop(), load.url.removeprefix("http://").rpartition(":")
     connections = [
-        (await loop.create_connection(RawConnection, host[0], int(host[2])))[1] for _ in range(load.num_connections)
+        (await loop.create_connection(partial(RawConnection, quick_acks=load.quick_acks), host[0], int(host[2])))[1]
+        for _ in range(load.num_connections)
     ]
     bodies = iter([json.dumps({**load.fields(prompt), "ignore_eos": True}).encode() for prompt in load.prompts])
     got = Measured([], 0.0)
@@ -286,7 +304,11 @@ class Bench:
         *,
         stream: bool,
         poll: bool,
+        model: str | None = None,
+        peer: "Bench | None" = None,
     ) -> None:
+        self._peer = peer
+        self._model = model  # of the peer, which must be told
         self._url = url
         self._router = router
         self._speed = speed
@@ -299,7 +321,17 @@ class Bench:
         self, client: Any, num_connections: int, num_requests: int, num_output: int, *, timeline: bool = False
     ) -> Measured:
         prompts = self._prompts.make(num_requests)
-        load = Load(self._url, prompts, num_connections, num_output, self._stream, timeline, self._poll)
+        load = Load(
+            self._url,
+            prompts,
+            num_connections,
+            num_output,
+            self._stream,
+            timeline,
+            self._poll,
+            self._model,
+            quick_acks=self._model is not None,
+        )
         before, began = self._router.cpu(), time.monotonic()
         measured = await asyncio.get_running_loop().run_in_executor(self._pool, partial(generate, client, load))
         cpu = self._router.cpu() - before
@@ -324,7 +356,16 @@ class Bench:
         )
         if client is raw:
             relay = await self.relay(num_connections, num_output, statistics.median(ranked))
-            print(f"; bare relay {1e3 * relay.cpu:.2f} ms CPU a request")
+            print(f"; bare relay {1e3 * relay.cpu:.2f} ms CPU a request", flush=True)
+            if self._peer is not None:
+                theirs = await self._peer.run(raw, num_connections, num_requests, num_output)
+                their_ms, their_p50 = 1e3 * theirs.cpu / num_requests, 1e3 * statistics.median(theirs.latencies)
+                print(
+                    f" Dynamo {num_connections:4d} connections: {their_ms:5.2f} ms CPU a request, of which Baton takes "
+                    f"{each_ms / their_ms:.2f}; {_at_best(their_ms, theirs.slowdown)}, "
+                    f"{num_requests / theirs.elapsed:.0f} requests/s, p50 {their_p50:.2f} ms",
+                    flush=True,
+                )
 
     async def floor(self, num_output: int) -> None:
         got = await self.run(raw, 1, NUM_FLOOR, num_output, timeline=True)
@@ -345,13 +386,19 @@ class Bench:
                 flush=True,
             )
         relay = await self.relay(1, num_output, statistics.median(computed))
-        print(f"bare relay, whole answer: {1e3 * relay.latency:.2f} ms")
+        print(f"bare relay, whole answer: {1e3 * relay.latency:.2f} ms", flush=True)
+        if self._peer is not None:
+            peers = await self._peer.run(raw, 1, NUM_FLOOR, num_output)
+            first_ms, whole_ms = (1e3 * statistics.median(values) for values in (peers.firsts, peers.latencies))
+            print(
+                f"Dynamo with its workers' time, all tokens in one step: first byte {first_ms:.2f} ms, whole answer "
+                f"{whole_ms:.2f} ms; {_at_best(whole_ms, peers.slowdown)}",
+                flush=True,
+            )
 
     async def token(self, num_connections: int, short: int, long: int) -> None:
         """The slope between answers of two lengths."""
-        few = await self.run(raw, num_connections, 2 * num_connections, short)
-        many = await self.run(raw, num_connections, 2 * num_connections, long)
-        token_us = 1e6 * (many.cpu - few.cpu) / (2 * num_connections * (long - short))
+        token_us, many = await self._token_us(num_connections, short, long)
         per_second = 2 * num_connections * long / many.elapsed
         relay = await self.relay(num_connections, long, long * num_connections / per_second)
         floor_us = 1e6 * relay.cpu / long
@@ -362,6 +409,20 @@ class Bench:
             f"bare relay {floor_us:.1f} us ({token_us / floor_us:.1f} times that)",
             flush=True,
         )
+        if self._peer is not None:
+            their_us, theirs = await self._peer._token_us(num_connections, short, long)
+            print(
+                f"     Dynamo, {num_connections} connections: {their_us:.1f} us, of which Baton takes "
+                f"{token_us / their_us:.2f}; {_at_best(their_us, theirs.slowdown)}, "
+                f"{2 * num_connections * long / theirs.elapsed:.0f} tokens/s",
+                flush=True,
+            )
+
+    async def _token_us(self, num_connections: int, short: int, long: int) -> tuple[float, Measured]:
+        """CPU, and the run with the long answers."""
+        few = await self.run(raw, num_connections, 2 * num_connections, short)
+        many = await self.run(raw, num_connections, 2 * num_connections, long)
+        return 1e6 * (many.cpu - few.cpu) / (2 * num_connections * (long - short)), many
 
 
 def _at_best(figure: float, slowdown: float) -> str:
@@ -401,6 +462,8 @@ async def main() -> None:
         action="store_true",
         help="the raw client polls its connections: waking its core, which a client elsewhere has not, costs nothing",
     )
+    parser.add_argument("--dynamo", metavar="PYTHON", help="a Python that has ai-dynamo: measure it beside each row")
+    parser.add_argument("--dynamo-tokenizer", choices=("default", "fastokens"), default="default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = args.model or str(demo_model())
@@ -409,7 +472,10 @@ async def main() -> None:
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
         ExitStack() as stack,
     ):
-        async with LocalCluster(make_spec(args, model, str(Path(scratch) / "run"))) as cluster:
+        async with (
+            LocalCluster(make_spec(args, model, str(Path(scratch) / "run"))) as cluster,
+            AsyncExitStack() as peers,
+        ):
             router = Router(cluster.pids["router"])
             pin_apart(router, cluster, args.processes)
             speed = stack.enter_context(CoreSpeed(os.sched_getaffinity(router.pid)))
@@ -417,8 +483,22 @@ async def main() -> None:
             pools = f"{args.workers}P{args.workers}D, Python {platform.python_version()}"
             print(f"{args.input} tokens in ({form}), {args.output} out, {pools}")
             prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
-            bench = Bench(cluster.url, router, speed, pool, prompts, stream=not args.whole, poll=args.poll)
-            await measure(bench, args)
+            make_bench = partial(Bench, speed=speed, pool=pool, prompts=prompts, stream=not args.whole, poll=args.poll)
+            peer = None
+            if args.dynamo:
+                url, pid = await peers.enter_async_context(
+                    dynamo(
+                        args.dynamo,
+                        model,
+                        Path(scratch),
+                        front=os.sched_getaffinity(router.pid),
+                        rest=os.sched_getaffinity(0),
+                        tokenizer=args.dynamo_tokenizer,
+                    )
+                )
+                peer = make_bench(url, Router(pid), model=model)
+                await peer.run(raw, 8, 200, args.output)  # warm
+            await measure(make_bench(cluster.url, router, peer=peer), args)
 
 
 if __name__ == "__main__":
