@@ -168,16 +168,16 @@ class Lanes:
             row[_NEXT] = _CLOSED
             self._owners[slot] = None
             self._num_open -= 1
+            self._count_gaps()
             token_ids = self._kept[slot, : row[_NUM_KEPT]].tolist()
             owner[0].lane_closed(token_ids)
             owner[1].lane_closed(len(token_ids), int(row[_AT_NS]) / 1e9)
 
     def route(self, tokens: bytes, now: float) -> Sequence[LoneToken]:
         """Takes Frame.tokens; returns those that have to go the long way. Raises ValueError for bytes that are none."""
-        every = lone_tokens_from_bytes(tokens)
-        if not self._num_open:
-            return list(every)
-        num_tokens = len(tokens) // LONE_TOKEN_BYTES
+        num_tokens, odd = divmod(len(tokens), LONE_TOKEN_BYTES)
+        if not self._num_open or not num_tokens or odd:
+            return list(lone_tokens_from_bytes(tokens))
         if len(self._left) < num_tokens:
             self._left = np.zeros(2 * num_tokens, np.int64)
             self._broken = np.zeros(2 * num_tokens, np.int64)
@@ -195,13 +195,12 @@ class Lanes:
             self._left,
             self._broken,
         )
-        if num_left < num_tokens:
-            self._count_gaps()
-        for number in self._broken[:num_broken].tolist():
-            self._break(number)
+        if num_broken:
+            for slot in self._broken[:num_broken].tolist():
+                self._break(slot)
         if not num_left:
             return ()
-        known = list(every)
+        known = list(lone_tokens_from_bytes(tokens))
         return [known[number] for number in self._left[:num_left].tolist()]
 
     def _break(self, slot: int) -> None:
@@ -220,6 +219,7 @@ class Lanes:
             log.exception("the rest of an event could not be written")
 
     def _count_gaps(self) -> None:
+        """Of all lanes; not at each frame, as Python's part of those costs as much as several tokens."""
         gaps, counts = self._gaps, self._gap_counts
         assert gaps is not None
         for place in counts[:-1].nonzero()[0].tolist():

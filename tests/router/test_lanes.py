@@ -94,9 +94,9 @@ def test_a_lane_writes_what_comes_next_and_its_stream_gets_it_when_it_closes(eve
     assert list(lanes.route(lone_tokens_to_bytes([(handle, 3, 7), (handle, 4, 8)]), 1.5)) == []
     assert events.shown() == events.event(b'"7"') + events.event(b'"8"')
     assert stream.token_ids == []
+    lanes.close(handle)
+    lanes.close(handle)
     assert (events.inter_token.counts, events.inter_token.total) == ([1, 1, 0], 0.5)
-    lanes.close(handle)
-    lanes.close(handle)
     assert (stream.token_ids, stream.num_closed, events.num_tokens, events.piece_at) == ([7, 8], 1, 2, 1.5)
 
 
