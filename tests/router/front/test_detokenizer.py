@@ -97,6 +97,22 @@ def test_a_leading_space_is_dropped_only_where_the_text_begins() -> None:
     assert TextStream(LLAMA, SamplingParams()).push([space_a]) == "a"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(token_ids=ids, skip=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_at_rest_a_token_adds_the_same_in_every_text(name: str, token_ids: list[int], skip: bool) -> None:
+    """Lanes write again what a token added once."""
+    decoder = TOKENIZERS[name].decoder(skip_special_tokens=skip)
+    for token_id in token_ids:
+        at_rest, text = decoder.at_rest, decoder.push_token(token_id)
+        if at_rest and decoder.at_rest:
+            fresh = TOKENIZERS[name].decoder(skip_special_tokens=skip, prompt=[0])
+            assert fresh.at_rest
+            assert fresh.pieces is decoder.pieces
+            assert (fresh.push_token(token_id), fresh.at_rest) == (text, True)
+    assert not (decoder.at_rest and decoder.finish())
+
+
 def test_no_part_of_a_character_is_shown() -> None:
     stream = TextStream(BYTES, SamplingParams())
     emoji = [BYTE_LEVEL_WORDS.index(word) for word in ("ðŁ", "ĺ", "Ģ")]
