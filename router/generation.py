@@ -5,13 +5,15 @@ The front speaks HTTP and text; the dispatcher speaks workers, attempts and retr
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from engine.executors.base import TokenLogprobs
 from engine.request import FinishReason, Request
-from router.lanes import LaneEvents
+
+if TYPE_CHECKING:  # what it loads takes half a second, and `baton --help` needs none of it
+    from router.lanes import LaneEvents
 
 
 class Overloaded(Exception):
@@ -95,7 +97,7 @@ class GenerationStream(Protocol):
         """
         ...
 
-    def open_lane(self, events: LaneEvents, descriptor: int) -> None:
+    def open_lane(self, events: "LaneEvents", descriptor: int) -> None:
         """If `events`, as `lone`, would get the next token: from then on such may be written to `descriptor` directly,
         until something else comes, or `close_lane`. See router.lanes."""
         ...
