@@ -135,13 +135,13 @@ def decode_cost(
     num_running, num_coming, seq_tokens = pool[Column.NUM_RUNNING], pool[Column.NUM_COMING], pool[Column.SEQ_TOKENS]
     block_size, block_part, num_kv_tokens = pool[Column.BLOCK_SIZE], pool[Column.BLOCK_PART], pool[Column.NUM_TOKENS]
     pressure, free_part = pool[Column.PRESSURE], pool[Column.FREE_PART]
+    step_s = pool[Column.STEP_S]
     output = min(max_new_tokens, mean_output)
-    steps = after / pool[Column.STEP_S]
-    left = np.exp(steps * (-1.0 / mean_output))
     step, answers, waits = np.empty_like(after), np.empty_like(after), np.empty_like(after)
     for i in range(len(after)):
-        num_seqs = num_running[i] * left[i] + num_coming[i]
-        tokens = num_seqs * (seq_tokens[i] + min(steps[i], mean_output))
+        num_steps = after[i] / step_s[i]
+        num_seqs = num_running[i] * math.exp(num_steps * (-1.0 / mean_output)) + num_coming[i]
+        tokens = num_seqs * (seq_tokens[i] + min(num_steps, mean_output))
         growth = newcomer_s[i] + kv_token_s[i] * (num_tokens + 0.5 * output)
         step[i] = base_s[i] + newcomer_s[i] * num_seqs + kv_token_s[i] * tokens + growth
         own = output * step[i]

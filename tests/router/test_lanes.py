@@ -406,7 +406,7 @@ async def test_a_client_that_reads_late_gets_all(by_lane):
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", router.port))
         reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
-        max_tokens = 20_000
+        max_tokens = 15_000
         ask(writer, [5, 6, 7], max_tokens)
         async with asyncio.timeout(60):
             while not by_lane[1]:  # noqa: ASYNC110
@@ -425,7 +425,7 @@ async def test_clients_that_leave_leave_nothing_behind(by_lane):
 
         worker.hooks["token"] = slowly
         before = len(os.listdir("/proc/self/fd"))
-        for round_ in range(5):
+        for round_ in range(3):
 
             async def leave(number: int) -> None:
                 reader, writer = await router.connect()
@@ -445,5 +445,5 @@ async def test_clients_that_leave_leave_nothing_behind(by_lane):
         async with asyncio.timeout(10):
             while worker.jobs or len(os.listdir("/proc/self/fd")) > before:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        assert by_lane[0] > 500
+        assert by_lane[0] > 300
         assert it.dispatcher._lanes._num_open == 0
