@@ -14,7 +14,7 @@ from router.generation import ModelCard
 from router.http import Front, FrontConfig
 from router.lanes import MAX_AROUND, MAX_KEPT, MAX_TEXT, MAX_VOCABULARIES, EventTexts, Lanes
 from router.metrics import Histogram, Metrics
-from router.server import ServerConfig, serve
+from router.server import BoundedProtocol, ServerConfig, serve
 from router.stream import TokenStream
 from tests.router.dispatch.cluster import cluster
 from tests.router.dispatch.fake_worker import expected_tokens
@@ -399,14 +399,24 @@ async def test_a_worker_that_dies_costs_no_token(by_lane):
         writer.close()
 
 
-async def test_a_client_that_reads_late_gets_all(by_lane):
+async def test_a_client_that_reads_late_gets_all(by_lane, monkeypatch):
+    connection_made = BoundedProtocol.connection_made
+
+    def with_little_room(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(BoundedProtocol, "connection_made", with_little_room)
     async with cluster(prefill=0, decode=1) as it, serving(it.dispatcher) as router:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", router.port))
-        reader, writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
-        max_tokens = 15_000
+        reader, writer = await asyncio.open_connection(sock=sock, limit=2048)
+        max_tokens = 3000
+        ask(writer, [1], 1100)  # every token
+        await answer(reader)
+        by_lane[1] = 0
         ask(writer, [5, 6, 7], max_tokens)
         async with asyncio.timeout(60):
             while not by_lane[1]:  # noqa: ASYNC110
