@@ -1,9 +1,10 @@
 """The states of one handoff, as its sink sees them. Pure: the clock is an argument.
 
 OFFERED: the offer is here, no blocks yet. RESERVED: blocks are reserved for it. PULLING: the lease is open, pieces
-arrive. READY: every piece is in place and verified. ACKED: the source said that the lease held until then, so the
-blocks may be used. Everything else ends in FAILED, EXPIRED (a deadline, or the lease) or ABORTED (given up by one
-side). Invariant: states only go forward, and the four last ones never change.
+arrive. READY: every piece is in place, and its checksum, if there is one, was right. ACKED: the blocks may be used, as
+the checksums prove or, where there are none, the source said that the lease held until then. Everything else ends in
+FAILED, EXPIRED (a deadline, or the lease) or ABORTED (given up by one side). Invariant: states only go forward, and the
+four last ones never change.
 """
 
 from collections.abc import Mapping

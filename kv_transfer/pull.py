@@ -1,9 +1,9 @@
 """One pull: what a source has announced of one lease, and the copies that bring it here.
 
 Lives on the asyncio loop. Its SinkLink feeds it (`announced`, `closed`, `lost`), `run` copies until everything is in
-place and the source has confirmed that the lease held. Every message is checked against the offer and the negotiated
-layout before anything is copied. Invariant: when `run` returns or raises, no copy into the sink's blocks is running
-or will ever start, even if the task was cancelled.
+place and proven: by its checksums, or where it has none by the source, which confirms that the lease held. Every
+message is checked against the offer and the negotiated layout before anything is copied. Invariant: when `run` returns
+or raises, no copy into the sink's blocks is running or will ever start, even if the task was cancelled.
 """
 
 import asyncio
@@ -150,12 +150,12 @@ class Pull:
             self._collect()
 
     async def _confirm(self) -> None:
-        """The lease must have held while the bytes were read: only the source knows."""
+        """What no checksum proves is right if the lease held while it was read: only the source knows."""
         self._handoff.advance(HandoffState.READY, self._clock())
         self._send(pb.SinkMessage(close=pb.Close(lease_id=self.lease_id, pulled=True)))
-        while self._confirmed is None:
+        while self._confirmed is None and not self._copier.checksums:
             await self._wait("the source's confirmation")
-        if not self._confirmed:
+        if self._confirmed is False:
             self._fail(HandoffState.EXPIRED, "the lease ended before everything was read")
             self._check()
         self._handoff.advance(HandoffState.ACKED, self._clock())

@@ -2,8 +2,8 @@
 
 Used on the worker's asyncio loop. Owns one link for each source worker: made at the first pull, made again when dead,
 dropped when idle. Invariant: when `pull` has returned or raised, cancellation included, nothing writes into the
-blocks it was given; and it only returns when every byte is in place, was verified if a CPU touched it, and the lease
-held until then.
+blocks it was given; and it only returns when every byte is in place, and was verified if a CPU touched it, or else
+the lease held until then.
 """
 
 import asyncio

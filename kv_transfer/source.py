@@ -263,7 +263,7 @@ class KvSource:
                 self._dirty[link].pop(lease_id, None)
                 held.link = None  # it knows
                 valid = self._end(lease_id, "closed")
-            if pulled:
+            if pulled and not link.checksummed:
                 link.post(pb.SourceMessage(closed=pb.Closed(lease_id=lease_id, valid=valid)))
         self._hand_back()
 
@@ -277,6 +277,10 @@ class KvSource:
                     dirty[lease_id] = None
                     return work
         return None
+
+    def holds(self, lease_id: str) -> bool:
+        with self._lock:
+            return lease_id in self._held
 
     def drop_link(self, link: SourceLink) -> None:
         with self._lock:

@@ -52,6 +52,7 @@ class LinkDesk(Protocol):
     def renew(self, link: "SourceLink", lease_ids: list[str]) -> None: ...
     def close_lease(self, link: "SourceLink", lease_id: str, pulled: bool) -> None: ...
     def next_work(self, link: "SourceLink") -> Work | None: ...
+    def holds(self, lease_id: str) -> bool: ...
     def drop_link(self, link: "SourceLink") -> None: ...
 
 
@@ -155,13 +156,18 @@ class SourceLink:
                 stream.send(pb.SourceMessage(heartbeat=pb.Heartbeat()))
 
     async def _next_message(self) -> pb.SourceMessage | None:
-        if self._outbox:
-            return self._outbox.popleft()
-        work = None if self._ended else self._desk.next_work(self)
-        return await self._announce(work) if work is not None else None
+        while not self._outbox:
+            work = None if self._ended else self._desk.next_work(self)
+            if work is None:
+                return None
+            message = await self._announce(work)
+            if self._desk.holds(work.lease_id):
+                return message
+        return self._outbox.popleft()
 
     async def _announce(self, work: Work) -> pb.SourceMessage:
-        """Hash what is final. If the lease ends meanwhile the sums are worthless, and the sink is told by `Closed`."""
+        """Hash what is final. If the lease ends meanwhile the sums may be of another prompt's bytes: they must not be
+        sent, as the sink uses what they fit without asking again. `Closed` tells it."""
         pieces = [
             pb.Pieces(
                 layer_group=span.layer_group,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from engine.errors import TransferError
-from kv_transfer.checksum import checksum
+from kv_transfer.checksum import HostChecksums, checksum
+from kv_transfer.pull import Pull
 from kv_transfer.sink import SinkConfig
 from kv_transfer.source import SourceConfig
 from kv_transfer.transports.base import Fetch, PieceReader, SinkTransport
@@ -25,6 +26,7 @@ from tests.kv_transfer.pair import (
     BlockingTransport,
     FaultyTransport,
     failure,
+    fill,
     pair,
     until,
 )
@@ -148,8 +150,38 @@ async def test_a_source_that_dies_while_it_announces_fails_the_pull(transport: s
         assert p.released == [(lease_id, blocks)]
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_pull_whose_checksums_were_right_waits_for_nobody(transport: str) -> None:
+    async with pair(transport) as p:
+        lease_id, offer, blocks = p.open(8)
+        p.source.close_lease = lambda *_: None
+        p.source.finish(lease_id, FIRST_TOKEN, False)
+        assert (await p.pull(offer, 8)).first_token == FIRST_TOKEN
+        p.check(blocks, 8)
+
+
+async def test_a_lease_that_ends_while_its_checksums_are_made_announces_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are another prompt's by then, and the sums may be of those."""
+    heard: list[object] = []
+    monkeypatch.setattr(Pull, "announced", lambda _, message: heard.append(message))
+    async with pair("shared_memory", groups=(4,)) as p:
+        lease_id, offer, blocks = p.open(8)
+        sums_of = HostChecksums.of
+
+        def late(self: HostChecksums, *span: Any) -> list[int]:
+            p.source.abort(lease_id, "gone")
+            fill(p.source_memory, bytes(p.source_memory.size))
+            return sums_of(self, *span)
+
+        monkeypatch.setattr(HostChecksums, "of", late)
+        p.source.finish(lease_id, FIRST_TOKEN, False)
+        assert "gone" in str(await failure(p.pull(offer, 8)))
+        assert not heard
+        assert p.released == [(lease_id, blocks)]
+
+
 async def test_a_source_that_dies_before_it_confirms_fails_the_pull() -> None:
-    async with pair() as p:
+    async with pair(memories=("device", "device")) as p:
         lease_id, offer, _ = p.open(8)
         p.source.close_lease = lambda *_: None
         p.source.finish(lease_id, FIRST_TOKEN, False)
@@ -161,7 +193,7 @@ async def test_a_source_that_dies_before_it_confirms_fails_the_pull() -> None:
 
 
 async def test_a_source_that_never_confirms_fails_the_pull_by_deadline() -> None:
-    async with pair(sink_config=SinkConfig(ack_s=0.1)) as p:
+    async with pair(memories=("device", "device"), sink_config=SinkConfig(ack_s=0.1)) as p:
         lease_id, offer, _ = p.open(8)
         p.source.close_lease = lambda *_: None
         p.source.finish(lease_id, FIRST_TOKEN, False)
@@ -422,7 +454,7 @@ async def test_the_leases_of_running_pulls_are_renewed() -> None:
 
 
 async def test_a_lease_that_ended_before_the_bytes_were_confirmed_fails_the_pull() -> None:
-    async with pair() as p:
+    async with pair(memories=("device", "device")) as p:
         lease_id, offer, _ = p.open(8)
         close = p.source.close_lease
 
