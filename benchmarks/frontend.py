@@ -466,6 +466,8 @@ async def main() -> None:
     parser.add_argument("--dynamo-tokenizer", choices=("default", "fastokens"), default="default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.long <= args.output:
+        parser.error(f"--long must be more than --output ({args.output}): a token's cost is the difference")
     model = args.model or str(demo_model())
     with (
         tempfile.TemporaryDirectory() as scratch,
