@@ -45,7 +45,7 @@ class SinkConfig:
 
     connect_s: float = 5.0  # until the lease is open
     silence_s: float = 2.0  # sources say something at least every half second
-    ack_s: float = 5.0
+    ack_s: float = 5.0  # until the source confirms the lease, where there are no checksums
     idle_s: float = 60.0
     copy_threads: int = 2
     job_bytes: int = 32 << 20  # what a thread copies at a time in host memory
