@@ -2,8 +2,10 @@
 
 A whole local cluster runs, started as `baton up` does, with simulated workers that take next to no time. The load
 generator is a process of its own: bare HTTP/1.1 connections, and the `openai` client. The router is pinned to one
-core, everything else to the others. Prompts are text, all different. Each figure stands beside its target. Targets
-were set where NVIDIA Dynamo 1.6.1 took 1.75 ms of CPU a request for the same load, and 3.0 ms a request one at a time.
+core, everything else to the others. Prompts are text, all different. The latency floor is measured as Baton decides
+by default, where an idle decode worker prefills such a prompt by itself, and then, like everything else, with every
+request handed off, for which the router speaks with two workers. Each figure stands beside its target. Targets were
+set where NVIDIA Dynamo 1.6.1 took 1.75 ms of CPU a request for the same load, and 3.0 ms a request one at a time.
 With `--dynamo` its front and simulated workers run, too, and each row of the bare connections is measured on it next,
 on the same core: what the core is worth now, both see. It needs a Python of its own:
 
@@ -32,9 +34,9 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -239,16 +241,27 @@ def pin(pids: set[int], cores: set[int]) -> None:
             os.sched_setaffinity(thread.id, cores)
 
 
-def pin_apart(router: Router, cluster: LocalCluster, num_cores: int) -> None:
-    """The router gets the first cores, the workers and this process (and so the load generator) the rest."""
-    cores = sorted(os.sched_getaffinity(0))
-    ours, rest = set(cores[:num_cores]), set(cores[num_cores:])
-    if rest:
-        pin(router.pids(), ours)
-        pin({pid for name, pid in cluster.pids.items() if name != "router"} | {os.getpid()}, rest)
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """The router gets the first ones, the workers and this process (and so the load generator) the rest."""
+
+    router: set[int]
+    rest: set[int]  # all, where there are no more than the router is to have
+
+    @staticmethod
+    def split(num_router: int) -> "Cores":
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) <= num_router:
+            return Cores(set(cores), set(cores))
+        return Cores(set(cores[:num_router]), set(cores[num_router:]))
+
+    def pin(self, router: Router, cluster: LocalCluster) -> None:
+        pin(router.pids(), self.router)
+        pin({pid for name, pid in cluster.pids.items() if name != "router"} | {os.getpid()}, self.rest)
 
 
-def make_spec(args: argparse.Namespace, model: str, run_dir: str) -> ClusterSpec:
+def make_spec(args: argparse.Namespace, model: str, run_dir: str, *, hand_off: bool) -> ClusterSpec:
+    """`hand_off`: every request, though idle decode workers would do without: two legs in the router."""
     return ClusterSpec.model_validate(
         {
             "model": model,
@@ -264,11 +277,10 @@ def make_spec(args: argparse.Namespace, model: str, run_dir: str) -> ClusterSpec
             },
             "prefill": {"replicas": args.workers},
             "decode": {"replicas": args.workers},
-            # Every request is handed off: two legs in the router, though idle decode workers would do without.
             "router": {
                 "port": 0,
                 "workers": args.processes,
-                "local_prefill_max_tokens": 0,
+                "local_prefill_max_tokens": 0 if hand_off else None,
                 "stream_interval": args.stream_interval,
             },
         }
@@ -429,9 +441,13 @@ def _at_best(figure: float, slowdown: float) -> str:
     return f"{figure / slowdown:.2f} at the core's best (now {slowdown:.2f} times as slow)"
 
 
+async def measure_floor(bench: Bench, num_output: int) -> None:
+    await bench.run(raw, 8, 200, num_output)  # warm
+    await bench.floor(num_output)
+
+
 async def measure(bench: Bench, args: argparse.Namespace) -> None:
-    await bench.run(raw, 8, 200, args.output)  # warm
-    await bench.floor(args.output)
+    await measure_floor(bench, args.output)
     for num_connections in args.connections:
         await bench.at("raw", raw, num_connections, min(args.requests, 400 * num_connections), args.output)
     for num_connections in () if args.raw_only else args.connections:
@@ -469,23 +485,30 @@ async def main() -> None:
     if args.long <= args.output:
         parser.error(f"--long must be more than --output ({args.output}): a token's cost is the difference")
     model = args.model or str(demo_model())
+    cores = Cores.split(args.processes)
     with (
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
-        ExitStack() as stack,
+        CoreSpeed(cores.router) as speed,
     ):
-        async with (
-            LocalCluster(make_spec(args, model, str(Path(scratch) / "run"))) as cluster,
-            AsyncExitStack() as peers,
-        ):
-            router = Router(cluster.pids["router"])
-            pin_apart(router, cluster, args.processes)
-            speed = stack.enter_context(CoreSpeed(os.sched_getaffinity(router.pid)))
-            form = f"{'ids' if args.ids else 'text'}, {'whole' if args.whole else 'streamed'}"
-            pools = f"{args.workers}P{args.workers}D, Python {platform.python_version()}"
-            print(f"{args.input} tokens in ({form}), {args.output} out, {pools}")
-            prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
-            make_bench = partial(Bench, speed=speed, pool=pool, prompts=prompts, stream=not args.whole, poll=args.poll)
+        prompts = Prompts(model, args.input, ids=args.ids, seed=args.seed)
+        make_bench = partial(Bench, speed=speed, pool=pool, prompts=prompts, stream=not args.whole, poll=args.poll)
+        form = f"{'ids' if args.ids else 'text'}, {'whole' if args.whole else 'streamed'}"
+        pools = f"{args.workers}P{args.workers}D, Python {platform.python_version()}"
+        print(f"{args.input} tokens in ({form}), {args.output} out, {pools}")
+
+        @asynccontextmanager
+        async def cluster_bench(name: str, *, hand_off: bool, peer: Bench | None) -> AsyncIterator[Bench]:
+            async with LocalCluster(make_spec(args, model, str(Path(scratch) / name), hand_off=hand_off)) as cluster:
+                router = Router(cluster.pids["router"])
+                cores.pin(router, cluster)
+                yield make_bench(cluster.url, router, peer=peer)
+
+        print("by default, where an idle decode worker prefills by itself:")
+        async with cluster_bench("default", hand_off=False, peer=None) as bench:
+            await measure_floor(bench, args.output)
+        print("with every request handed off:")
+        async with AsyncExitStack() as peers:
             peer = None
             if args.dynamo:
                 url, pid = await peers.enter_async_context(
@@ -493,14 +516,14 @@ async def main() -> None:
                         args.dynamo,
                         model,
                         Path(scratch),
-                        front=os.sched_getaffinity(router.pid),
-                        rest=os.sched_getaffinity(0),
+                        front=cores.router,
+                        rest=cores.rest,
                         tokenizer=args.dynamo_tokenizer,
                     )
                 )
                 peer = make_bench(url, Router(pid), model=model)
                 await peer.run(raw, 8, 200, args.output)  # warm
-            await measure(make_bench(cluster.url, router, peer=peer), args)
+            await measure(await peers.enter_async_context(cluster_bench("handed-off", hand_off=True, peer=peer)), args)
 
 
 if __name__ == "__main__":
