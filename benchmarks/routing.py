@@ -31,7 +31,7 @@ from cluster.simulation.bound import goodput_bound
 from cluster.simulation.report import Slo, make_report
 from cluster.simulation.setup import BASELINES, make_setup, policy_maker
 from cluster.simulation.simulation import Simulation
-from cluster.simulation.trace import load_trace
+from cluster.simulation.trace import TraceError, load_trace
 from cluster.simulation.transfer import TransferSpeed
 from cluster.spec import ROLES
 from cluster.spec_file import parse_spec
@@ -228,9 +228,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.trace is None or not args.trace.is_file():
-        missing = "give a trace of requests" if args.trace is None else f"there is no file {args.trace}"
-        parser.error(f"--trace: {missing}; Mooncake and Azure publish such traces")
+    if args.trace is None:
+        parser.error("--trace: give a trace of requests; Mooncake and Azure publish such traces")
+    try:
+        load_trace(args.trace, args.max_requests)
+    except (OSError, TraceError) as error:
+        parser.error(f"--trace: {args.trace}: {error}")
     slo = Slo(args.ttft, args.tpot)
     case = Case(
         args.trace, BATON, args.seeds[0], args.rate_scale or 4.0, args.prefill, args.decode, args.kv_memory,

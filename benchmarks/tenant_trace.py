@@ -42,8 +42,12 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     names, weights = zip(*args.tenants, strict=True) if args.tenants else ((), ())
-    for line in filter(str.strip, args.trace.open(encoding="utf-8")):
-        fields = json.loads(line)
+    try:
+        lines = args.trace.read_text(encoding="utf-8").splitlines()
+        requests = [dict(json.loads(line)) for line in lines if line.strip()]
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(f"{args.trace} is no Mooncake trace: {error}")
+    for fields in requests:
         if names:
             (fields["tenant"],) = rng.choices(names, weights)
         if rng.random() < args.urgent:
